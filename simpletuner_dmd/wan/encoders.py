@@ -1,0 +1,113 @@
+"""VAE and UMT5 as the data room and the validation want them: loaded at first use, dropped when told.
+
+Latents are normalised by the VAE's own statistics, (z - mean) / std per channel, so that they are near N(0, 1).
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner_dmd.wan.loading import ModelSource, load_text_encoder, load_vae
+from simpletuner_dmd.wan.quantisation import quantise
+
+
+class TextEncoder:
+    """UMT5 as a callable: prompts -> real rows of their embeddings."""
+
+    def __init__(
+        self, source: ModelSource, *, dtype: torch.dtype, precision: str, max_length: int, device: torch.device
+    ) -> None:
+        self.source, self.dtype, self.precision = source, dtype, precision
+        self.max_length, self.device = max_length, device
+        self._loaded: tuple[Any, nn.Module] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        weights = self.source.fingerprint("text_encoder", "text_encoder")
+        return f"umt5:{weights}:{self.dtype}:{self.precision}:{self.max_length}"
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> list[Tensor]:
+        """Per prompt [L_i, D] in the encoder's dtype on the CPU: its real rows, without padding.
+
+        Prompts are cleaned as WanPipeline cleans them, so training and sampling see the same text.
+        """
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        if self._loaded is None:
+            tokenizer, encoder = load_text_encoder(self.source, self.dtype)
+            quantise(encoder, self.precision)
+            self._loaded = tokenizer, encoder.to(self.device)
+        tokenizer, encoder = self._loaded
+        tokens = tokenizer(
+            [prompt_clean(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.max_length,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = tokens.attention_mask.to(self.device)
+        rows = encoder(tokens.input_ids.to(self.device), mask).last_hidden_state
+        return [row[:length].cpu().clone() for row, length in zip(rows, mask.sum(dim=1).tolist(), strict=True)]
+
+    def unload(self) -> None:
+        self._loaded = None
+        _free(self.device)
+
+
+class VideoCodec:
+    """Wan's VAE between pixels in [-1, 1] and normalised latents."""
+
+    def __init__(self, source: ModelSource, *, device: torch.device) -> None:
+        self.source, self.device = source, device
+        self._vae: Any = None
+
+    @property
+    def fingerprint(self) -> str:
+        return f"wan-vae:{self.source.fingerprint('vae', 'vae')}"
+
+    @property
+    def vae(self) -> Any:
+        if self._vae is None:
+            self._vae = load_vae(self.source).to(self.device)
+        return self._vae
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        shape = (1, -1, 1, 1, 1)
+        mean, std = torch.tensor(config.latents_mean), torch.tensor(config.latents_std)
+        return mean.view(shape).to(self.device), std.view(shape).to(self.device)
+
+    @torch.no_grad()
+    def encode(self, pixels_B3THW: Tensor) -> Tensor:
+        """[B, 3, T, H, W] in [-1, 1] to normalised latents [B, C, F, h, w], fp32 on the CPU; T must be 4n+1.
+
+        The mode of the posterior: a cached sample would freeze one random draw for the whole run.
+        """
+        frames = pixels_B3THW.shape[2]
+        assert (frames - 1) % 4 == 0, f"the VAE would silently drop frames of {frames}; it takes 4n+1"
+        mean, std = self._statistics()
+        latents = self.vae.encode(pixels_B3THW.to(self.device, torch.float32)).latent_dist.mode()
+        return ((latents - mean) / std).cpu()
+
+    @torch.no_grad()
+    def decode(self, latents_BCFHW: Tensor) -> Tensor:
+        """Normalised latents to pixels [B, 3, T, H, W] in [-1, 1], fp32 on the CPU."""
+        mean, std = self._statistics()
+        return self.vae.decode(latents_BCFHW.to(self.device, torch.float32) * std + mean).sample.clamp(-1, 1).cpu()
+
+    def unload(self) -> None:
+        self._vae = None
+        _free(self.device)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

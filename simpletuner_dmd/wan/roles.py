@@ -1,0 +1,182 @@
+"""Teacher, student and critic as three Denoisers over one or more Wan transformers.
+
+With a LoRA student and a LoRA critic all three share one (possibly quantised) base: the teacher is the base with its
+adapters off. A full student or a full critic owns its own weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from simpletuner_dmd.flow import TIMESTEPS, TextEmbedding
+from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch, BlockRunner
+
+
+class WanDenoiser:
+    """One role: a transformer, the adapter it sees, and the precision of its forward. Implements flow.Denoiser."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        switch: AdapterSwitch | None,
+        adapter: str | None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.transformer, self.switch, self.adapter, self.autocast = transformer, switch, adapter, autocast
+        # The patch embedding is never quantised and never kept back in fp32: its dtype is that of the activations.
+        self.weight: Tensor = transformer.patch_embedding.weight
+
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+        dtype, device = self.weight.dtype, self.weight.device
+        selected: AbstractContextManager[None] = nullcontext() if self.switch is None else self.switch.use(self.adapter)
+        cast: AbstractContextManager[object] = (
+            nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
+        )
+        with selected, cast:
+            (velocity,) = self.transformer(
+                hidden_states=x_t_BCFHW.to(dtype),
+                timestep=TIMESTEPS * sigma.float(),  # a float in fp32: bf16 would round 981 to 980
+                encoder_hidden_states=text.expand(len(x_t_BCFHW)).rows_BLD.to(dtype),
+                return_dict=False,
+            )
+        return velocity.float()
+
+
+@dataclass
+class Roles:
+    """The three Denoisers and the parameters that move.
+
+    parameters: role -> [(name, parameter)] in a fixed order; LoRA names carry no adapter name.
+    adapters: role -> its AdapterSpec where the role is a LoRA.
+    """
+
+    teacher: WanDenoiser
+    student: WanDenoiser
+    critic: WanDenoiser | None
+    parameters: dict[str, list[tuple[str, nn.Parameter]]]
+    adapters: dict[str, AdapterSpec]
+
+    def transformers(self) -> list[nn.Module]:
+        """Each network once."""
+        networks = [self.teacher, self.student, *([self.critic] if self.critic else [])]
+        return list({id(role.transformer): role.transformer for role in networks}.values())
+
+    def tensors(self, role: str) -> dict[str, Tensor]:
+        """The trained tensors of a role, detached, by name."""
+        return {name: parameter.detach() for name, parameter in self.parameters[role]}
+
+    @torch.no_grad()
+    def load_tensors(self, role: str, tensors: dict[str, Tensor]) -> None:
+        """Copies tensors saved by `tensors` back; names must match exactly."""
+        expected = {name for name, _ in self.parameters[role]}
+        if expected != set(tensors):
+            missing, extra = sorted(expected - set(tensors))[:3], sorted(set(tensors) - expected)[:3]
+            raise ValueError(f"the {role}'s tensors do not fit this model: missing {missing}, unknown {extra}")
+        for name, parameter in self.parameters[role]:
+            parameter.copy_(tensors[name])
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """eval() inside, the former mode afterwards."""
+        modes = [(network, network.training) for network in self.transformers()]
+        for network, _ in modes:
+            network.eval()
+        try:
+            yield
+        finally:
+            for network, training in modes:
+                network.train(training)
+
+
+def build_roles(
+    base: nn.Module,
+    *,
+    student_adapter: AdapterSpec | None,
+    critic_adapter: AdapterSpec | None,
+    full_student: nn.Module | None = None,
+    full_critic: nn.Module | None = None,
+    with_critic: bool = True,
+    gradient_checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+    seed: int = 0,
+) -> Roles:
+    """Puts the roles on `base` (frozen here) and on the full networks given.
+
+    A role is a LoRA on the base where its adapter spec is given, else the full network of its name. `autocast` is the
+    compute dtype of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
+    """
+    specs = {}
+    if student_adapter is not None:
+        specs["student"] = student_adapter
+    if with_critic and critic_adapter is not None:
+        specs["critic"] = critic_adapter
+    switch = AdapterSwitch(base, specs, seed)
+    BlockRunner(base, switch, gradient_checkpointing)
+    base.train()
+    parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in specs}
+
+    def role(name: str, network: nn.Module | None) -> WanDenoiser:
+        if name in specs:
+            return WanDenoiser(base, switch, name)
+        assert network is not None, f"the {name} is neither an adapter nor a network of its own"
+        network.requires_grad_(True).train()
+        BlockRunner(network, None, gradient_checkpointing)
+        parameters[name] = list(network.named_parameters())
+        return WanDenoiser(network, None, None, autocast)
+
+    student = role("student", full_student)
+    critic = role("critic", full_critic) if with_critic else None
+    return Roles(WanDenoiser(base, switch, None), student, critic, parameters, specs)
+
+
+class SelfTestError(RuntimeError):
+    """A broken invariant of the role layout: a bug, never a person's mistake."""
+
+
+def self_test(
+    roles: Roles, x_t_BCFHW: Tensor, text: TextEmbedding, *, fresh: bool, shared_numerics: bool = True
+) -> list[str]:
+    """Checks at step 0 that student and critic start as the teacher and that gradients reach exactly the moving role.
+
+    fresh: adapters are new, so outputs must agree bit for bit (on resume only gradients are checked).
+    shared_numerics: no full network beside a quantised base; where False the difference is returned as a line to print.
+    Returns lines worth printing; raises SelfTestError.
+    """
+    lines = []
+    sigma_B = torch.full((len(x_t_BCFHW),), 0.7, device=x_t_BCFHW.device)
+    moving = {"student": roles.student, **({"critic": roles.critic} if roles.critic else {})}
+    if fresh:
+        with torch.no_grad():
+            expected = roles.teacher.velocity(x_t_BCFHW, sigma_B, text)
+            for name, role in moving.items():
+                actual = role.velocity(x_t_BCFHW, sigma_B, text)
+                if torch.equal(actual, expected):
+                    lines.append(f"self-test: the {name} equals the teacher bit for bit")
+                    continue
+                difference = float((actual - expected).norm() / expected.norm())
+                if shared_numerics and role.autocast is None:
+                    raise SelfTestError(f"the {name} does not start as the teacher: relative difference {difference:g}")
+                lines.append(f"self-test: the {name} starts {difference:.2e} (relative) away from the teacher")
+    target = torch.randn(x_t_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(x_t_BCFHW.device)
+    everything = [(name, p) for role_parameters in roles.parameters.values() for name, p in role_parameters]
+    for name, role in moving.items():
+        own = roles.parameters[name]
+        loss = (role.velocity(x_t_BCFHW, sigma_B, text) - target).pow(2).mean()
+        loss.backward(inputs=[parameter for _, parameter in own])
+        own_ids = {id(parameter) for _, parameter in own}
+        for parameter_name, parameter in everything:
+            reached = parameter.grad is not None
+            if reached != (id(parameter) in own_ids):
+                raise SelfTestError(f"a {name} update {'reaches' if reached else 'misses'} {parameter_name}")
+            zero_initialised = "lora_B" in parameter_name and fresh
+            if reached and zero_initialised and not bool(parameter.grad.any()):  # type: ignore[union-attr]
+                raise SelfTestError(f"{parameter_name} of the {name} would never move: its gradient is exactly zero")
+        for _, parameter in own:
+            parameter.grad = None
+    lines.append("self-test: gradients reach exactly the moving role")
+    return lines
