@@ -8,7 +8,6 @@ where `WanPipeline` and the caches look for them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from simpletuner_dmd.demo import shapes
+from simpletuner_dmd.demo.muon import FlatMuon
 
 KL_WEIGHT = 1e-4  # per latent element, against the mean squared error per pixel
 
@@ -58,38 +58,6 @@ def psnr(vae: AutoencoderKLWan, pixels: Tensor) -> float:
     return float(10 * torch.log10(4.0 / torch.cat(errors).mean()))
 
 
-class FlatMuon:
-    """`torch.optim.Muon`, which takes matrices only, on views of the convolutions as [out, in * kernel] matrices.
-
-    Reached a fifth of AdamW's error after 200 steps here (documentation/LAB_NOTES.md). Vectors go to AdamW.
-    """
-
-    def __init__(self, parameters: list[torch.nn.Parameter], matrix_lr: float, vector_lr: float) -> None:
-        self.matrices = [p for p in parameters if p.ndim >= 2 and p.numel() > 500]
-        taken = {id(p) for p in self.matrices}
-        self.flat = [torch.nn.Parameter(p.detach().view(p.shape[0], -1)) for p in self.matrices]
-        muon = torch.optim.Muon(self.flat, lr=matrix_lr, weight_decay=0.0, momentum=0.95)
-        adamw = torch.optim.AdamW(
-            [p for p in parameters if id(p) not in taken], lr=vector_lr, betas=(0.9, 0.99), weight_decay=0.0
-        )
-        self.optimizers = (muon, adamw)
-        self.schedules: list[torch.optim.lr_scheduler.LRScheduler] = []
-
-    def schedule(self, factor: Callable[[int], float]) -> None:
-        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in self.optimizers]
-
-    def step(self) -> None:
-        for flat, parameter in zip(self.flat, self.matrices, strict=True):
-            # The temporal convolutions see no single frame, so they have no gradient in the first phase.
-            flat.grad = None if parameter.grad is None else parameter.grad.view_as(flat)
-            parameter.grad = None
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        for schedule in self.schedules:
-            schedule.step()
-
-
 def draw_crops(clips: np.ndarray, rng: np.random.Generator, count: int, frames: int, size: int) -> Tensor:
     """Random windows in space and time: [count, 3, frames, size, size] in [-1, 1].
 
@@ -115,7 +83,7 @@ def train_vae(out: Path, *, seed: int = 0, steps: tuple[int, int, int] = (450, 4
     unseen = clips_to_pixels(shapes.draw_many(64, seed=seed + 2, held_out=True)[0])
     vae = build_vae()
     total = sum(steps)
-    optimizer = FlatMuon(list(vae.parameters()), matrix_lr=0.02, vector_lr=2e-3)
+    optimizer = FlatMuon(vae.named_parameters(), matrix_lr=0.02, vector_lr=2e-3)
     optimizer.schedule(lambda step: min(1.0, (step + 1) / 40) * (0.01 + 0.99 * max(0.0, 1 - step / total)))
     began = time.perf_counter()
     for step in range(total):
