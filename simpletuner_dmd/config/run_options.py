@@ -1,0 +1,209 @@
+"""Options of what is loaded, rendered and kept: model, data, validation, output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from simpletuner_dmd.config.coerce import Options, frame_sizes, words
+
+DEMO = "demo"
+"""As `pretrained_model_name_or_path` or `instance_data_dir`: the tiny Wan, or the videos, that come with the package."""
+
+ModelFlavour = Literal[
+    "t2v-480p-1.3b-2.1", "t2v-480p-14b-2.1", "t2v-14b-2.2-high", "t2v-14b-2.2-low", "ti2v-5b-2.2"
+]  # fmt: skip
+
+HUB_IDS: dict[str, str] = {
+    "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "t2v-14b-2.2-high": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+}
+NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
+DEFAULT_SIZE = "832x480"
+DEFAULT_FRAMES = 81
+
+
+def native_size(flavour: str) -> str:
+    """The size a flavour was trained for, "WIDTHxHEIGHT"."""
+    return NATIVE_SIZE.get(flavour, DEFAULT_SIZE)
+
+
+def _hub_id(data: dict[str, Any]) -> str:
+    return HUB_IDS[data["model_flavour"]]
+
+
+class ModelOptions(Options):
+    """Which Wan, what of it is trained, and by which method."""
+
+    model_family: Literal["wan"] = Field("wan", description="The model family. This tool knows Wan and nothing else.")
+    model_flavour: ModelFlavour = Field(
+        "t2v-480p-1.3b-2.1",
+        description="Which Wan: sets the default base model and the native video size. The 2.2 14B models are two "
+        "experts, `high` for the noisy half of the schedule and `low` for the clean half; one run trains one of them.",
+    )
+    model_type: Literal["lora", "full"] = Field(
+        "lora",
+        description="`lora` trains small adapters on a frozen base that teacher, student and critic share; "
+        "`full` trains a copy of every weight.",
+    )
+    distillation_method: Literal["dmd"] | None = Field(
+        None,
+        description="`dmd` distils the base into a few-step student by distribution matching. "
+        "Unset: ordinary supervised fine-tuning on your videos.",
+    )
+    pretrained_model_name_or_path: str = Field(
+        default_factory=_hub_id,
+        description="The base model: a Hub id or a diffusers pipeline folder; `demo` is the tiny Wan that comes with "
+        "the package. Default: the flavour's own Hub repository.",
+    )
+    pretrained_transformer_model_name_or_path: str | None = Field(
+        None, description="Takes the transformer from another Hub id or folder than the base model."
+    )
+    pretrained_vae_model_name_or_path: str | None = Field(
+        None, description="Takes the VAE from another Hub id or folder than the base model."
+    )
+    pretrained_t5_model_name_or_path: str | None = Field(
+        None, description="Takes text encoder and tokenizer from another Hub id or folder than the base model."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
+    variant: str | None = Field(None, description="Weight variant of the base model on the Hub, for example `fp16`.")
+
+
+class DataOptions(Options):
+    """Where the data is and how it is cut; a dataset entry may override the sizes for itself."""
+
+    data_backend_config: str | None = Field(
+        None,
+        description="Path of the file that lists the datasets. Default: `multidatabackend.json` beside the config file.",
+    )
+    caption_dropout_probability: float = Field(
+        default_factory=lambda data: 0.0 if data.get("distillation_method") else 0.1,
+        ge=0, le=1,
+        description="Share of samples whose caption is replaced by the negative prompt: in supervised losses and on the "
+        "critic's turn. The student's turn never drops. Default: 0.1 for fine-tuning, 0 for distillation.",
+    )  # fmt: skip
+    resolution: float = Field(
+        480, gt=0,
+        description="Size of the training videos, in the unit of `resolution_type`.",
+    )  # fmt: skip
+    resolution_type: Literal["pixel", "pixel_area", "area"] = Field(
+        "pixel_area",
+        description="`pixel`: `resolution` is the shorter side. `pixel_area`: the side of a square of equal area. "
+        "`area`: megapixels.",
+    )
+    minimum_image_size: float = Field(
+        0, ge=0, description="Videos smaller than this (in the unit of `resolution_type`) are left out, and listed."
+    )
+    maximum_image_size: float | None = Field(
+        None, gt=0, description="Videos larger than this are first reduced to `target_downsample_size`, then cropped."
+    )
+    aspect_bucket_rounding: int = Field(
+        2, ge=1, le=9, description="Decimals to which aspect ratios are rounded when videos are grouped into buckets."
+    )
+    disable_bucket_pruning: bool = Field(
+        False, description="Keeps buckets that hold fewer samples than a batch; their samples are then repeated."
+    )
+    compress_disk_cache: bool = Field(True, description="Compresses the cached latents and text embeddings on disk.")
+    vae_batch_size: int = Field(1, ge=1, description="Videos that the VAE encodes at once while caching.")
+    write_batch_size: int = Field(128, ge=1, description="Text embeddings that are encoded before they are written.")
+    delete_problematic_images: bool = Field(
+        False,
+        description="Moves files that cannot be decoded to a `rejected` folder beside them, with the reason. "
+        "Nothing is ever deleted.",
+    )
+    framerate: float = Field(
+        16, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
+    )
+    cache_dir_text: str = Field("cache/text", description="Folder of the cached text embeddings.")
+    cache_dir_vae: str = Field("cache/vae", description="Folder of the cached latents; each dataset has its own below.")
+    tokenizer_max_length: int = Field(
+        512, ge=8, le=512, description="Rows the text embedding is padded to. Wan was trained with 512; leave it there."
+    )
+
+
+class ValidationOptions(Options):
+    """What is rendered while training, when, and what it is compared with."""
+
+    validation_prompt: str | None = Field(None, description="A prompt to render at every validation.")
+    validation_prompt_library: str | bool = Field(
+        False,
+        description="More prompts to render: a JSON file of `{short name: prompt}`. `true` renders a small built-in set.",
+    )
+    validation_negative_prompt: str = Field(
+        "", description="The negative prompt wherever guidance is on; also the teacher's, unless it has its own."
+    )
+    validation_guidance: float = Field(
+        default_factory=lambda data: 1.0 if data.get("distillation_method") else 5.0,
+        ge=0, le=30,
+        description="Guidance scale of the validation videos; 1 and 0 are off. A distilled student has the teacher's "
+        "guidance built in. Default: 1 for distillation, 5 for fine-tuning.",
+    )  # fmt: skip
+    validation_num_video_frames: int = Field(
+        DEFAULT_FRAMES, ge=1, description="Frames of the validation videos; rounded down to 4n+1."
+    )
+    validation_resolution: Annotated[list[tuple[int, int]], BeforeValidator(frame_sizes)] = Field(
+        default_factory=lambda data: frame_sizes(native_size(data.get("model_flavour", ""))),
+        description='Size of the validation videos, "832x480", or a list of sizes. Default: the flavour\'s native size.',
+    )
+    validation_seed: int = Field(42, ge=0, description="Seed of the validation videos: the same noise every time.")
+    validation_step_interval: int = Field(100, ge=1, description="A validation every so many steps.")
+    validation_on_startup: bool = Field(False, description="Also renders before the first step.")
+    validation_disable: bool = Field(False, description="Renders nothing, neither while training nor at the end.")
+    num_validation_images: int = Field(1, ge=1, le=16, description="Videos per prompt, each with its own seed.")
+    disable_benchmark: bool = Field(
+        False,
+        description="Skips the one-time reference videos: the teacher at its own steps and guidance, "
+        "and the undistilled model at the student's steps.",
+    )
+    benchmark_num_inference_steps: int = Field(50, ge=1, le=1000, description="Steps of the teacher's reference video.")
+
+
+Tracker = Literal["wandb", "tensorboard", "trackio"]
+TRACKERS: tuple[Tracker, ...] = ("wandb", "tensorboard", "trackio")
+
+
+def _trackers(value: Any) -> Any:
+    names = [value] if isinstance(value, str) and "," not in value else words(value)
+    if names in (["none"], ["None"], [""], [None]):
+        return []
+    return list(TRACKERS) if names == ["all"] else names
+
+
+class OutputOptions(Options):
+    """What is kept, where it goes, who is told."""
+
+    output_dir: str = Field("output/run", description="Folder for everything a run makes.")
+    checkpoint_step_interval: int = Field(500, ge=1, description="A checkpoint every so many steps.")
+    checkpoints_total_limit: int = Field(
+        5, ge=0, description="Checkpoints that are kept; older ones are removed after a newer one is safe. 0 keeps all."
+    )
+    resume_from_checkpoint: str | None = Field(
+        "latest",
+        description="`latest` goes on from the newest whole checkpoint in `output_dir`, or starts afresh if there is "
+        "none; a checkpoint's folder or name goes on from there; `null` starts afresh.",
+    )
+    push_to_hub: bool = Field(False, description="Uploads the export to the Hub when the run has finished.")
+    push_checkpoints_to_hub: bool = Field(False, description="Also uploads the export of every checkpoint.")
+    hub_model_id: str | None = Field(
+        None, description="Repository on the Hub, `name` or `owner/name`. Default: the run's name."
+    )
+    model_card_private: bool = Field(True, description="Makes the Hub repository private when it is created.")
+    model_card_note: str = Field("", description="A note of yours for the model card.")
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = Field(
+        default_factory=list,
+        description="Experiment trackers: `none`, `wandb`, `tensorboard`, `trackio`, `all`, or a list. "
+        "`metrics.jsonl` in the output folder is written in any case.",
+    )
+    tracker_project_name: str = Field("simpletuner-dmd", description="Project name in the trackers.")
+    tracker_run_name: str = Field(
+        default_factory=lambda data: Path(str(data.get("output_dir", "run"))).name or "run",
+        description="The run's name in trackers, exports and on the Hub. Default: the name of `output_dir`.",
+    )
+    webhook_config: str | dict[str, Any] | list[dict[str, Any]] | None = Field(
+        None, description="A webhook's settings, or the JSON file that holds them, to be told how the run goes."
+    )

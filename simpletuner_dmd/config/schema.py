@@ -1,0 +1,124 @@
+"""`TrainConfig`: every option of config.json, typed. The one source of defaults, limits and explanations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from simpletuner_dmd.config.distillation import DmdConfig
+from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
+from simpletuner_dmd.config.training_options import (
+    EmaOptions,
+    FlowOptions,
+    LengthOptions,
+    LoraOptions,
+    OptimizerOptions,
+    PrecisionOptions,
+)
+
+
+def frames_4n1(frames: int) -> int:
+    """The next count of the form 4n+1 below: Wan's VAE folds 4 frames into one, after the first."""
+    return frames - (frames - 1) % 4
+
+
+# pydantic takes the fields of the last base first; a default may look at the options that stand before it.
+class TrainConfig(
+    OutputOptions,
+    ValidationOptions,
+    DataOptions,
+    FlowOptions,
+    EmaOptions,
+    LoraOptions,
+    PrecisionOptions,
+    OptimizerOptions,
+    LengthOptions,
+    ModelOptions,
+):
+    """Every option of a run. `TrainConfig()` is valid: a LoRA fine-tune of Wan 2.1 1.3B."""
+
+    distillation_config: DmdConfig | None = Field(
+        None,
+        validate_default=True,
+        description="The settings of `distillation_method`; also a path to a JSON file of them.",
+    )
+    benchmark_guidance: float = Field(
+        default_factory=lambda data: _teacher_guidance(data),
+        ge=0, le=30,
+        description="Guidance of the teacher's reference videos. Default: `real_score_guidance_scale`, "
+        "or `validation_guidance` without distillation.",
+    )  # fmt: skip
+    validation_num_inference_steps: int = Field(
+        default_factory=lambda data: _validation_steps(data),
+        ge=1, le=1000,
+        description="Steps of the validation videos. A distilled student always walks its own ladder. "
+        "Default: the ladder's length, or 40 without distillation.",
+    )  # fmt: skip
+
+    @field_validator("distillation_config", mode="before")
+    @classmethod
+    def _follow_the_student(cls, value: Any, info: ValidationInfo) -> Any:
+        """Fills what the critic takes over from the student and from the validation options."""
+        if info.data.get("distillation_method") is None:
+            if value:
+                raise ValueError("is given, but distillation_method is not")
+            return None
+        if isinstance(value, DmdConfig):
+            value = value.model_dump(exclude_unset=True)
+        if value is None:
+            value = {}
+        if not isinstance(value, dict):
+            return value
+        given = {key: item for key, item in value.items() if item is not None}
+        outside = info.data
+        if outside.get("model_type") == "full" and outside.get("base_model_precision") == "no_change":
+            given.setdefault("fake_score_type", "full")
+        if "lora_rank" in outside:
+            given.setdefault("fake_score_lora_rank", outside["lora_rank"])
+        given.setdefault("fake_score_lora_alpha", given.get("fake_score_lora_rank", 16))
+        if outside.get("validation_negative_prompt"):
+            given.setdefault("negative_prompt", outside["validation_negative_prompt"])
+        return given
+
+    @model_validator(mode="after")
+    def _whole_latent_frames(self) -> TrainConfig:
+        self.validation_num_video_frames = frames_4n1(self.validation_num_video_frames)
+        return self
+
+    @property
+    def dmd(self) -> DmdConfig:
+        """The distillation settings, where there is a distillation."""
+        assert self.distillation_config is not None, "asked for DMD settings in a run without distillation"
+        return self.distillation_config
+
+    def student_timesteps(self) -> tuple[float, ...]:
+        """The student's ladder on the shifted scale, 1000 = pure noise; empty without distillation."""
+        if self.distillation_config is None:
+            return ()
+        return self.distillation_config.timesteps(self.flow_schedule_shift or 1.0)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Samples per step, over processes and micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
+
+    def notices(self) -> list[str]:
+        """What a person should know at start about this combination of options."""
+        from simpletuner_dmd.config.rules import notices
+
+        return notices(self)
+
+
+def _teacher_guidance(data: dict[str, Any]) -> float:
+    settings = data.get("distillation_config")
+    if isinstance(settings, DmdConfig):
+        return settings.real_score_guidance_scale
+    return float(data.get("validation_guidance", 5.0))
+
+
+def _validation_steps(data: dict[str, Any]) -> int:
+    settings = data.get("distillation_config")
+    if isinstance(settings, DmdConfig):
+        return settings.student_steps or len(settings.dmd_denoising_steps)
+    return 40

@@ -1,0 +1,165 @@
+"""Options of the training itself: length, rate, optimizer, precision, adapters, EMA, noise schedule."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from simpletuner_dmd.config.coerce import Options, words
+
+DEFAULT_STEPS = 4000
+DISTILLATION_SHIFT = 5.0
+
+OptimizerName = Literal[
+    "adamw_bf16", "torch-adamw",
+    "optimi-adamw", "optimi-lion", "optimi-stableadamw", "optimi-adan", "optimi-ranger",
+]  # fmt: skip
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
+    "constant", "constant_with_warmup", "sine",
+]  # fmt: skip
+Precision = Literal["no_change", "int8-quanto", "int4-quanto", "fp8-quanto"]
+
+
+def _scheduler_name(value: Any) -> Any:
+    return "cosine" if value == "cosine_with_warmup" else value
+
+
+class LengthOptions(Options):
+    """How long, how much at once, how fast."""
+
+    num_train_epochs: int = Field(
+        0, ge=0, description="Passes over the data. 0 where `max_train_steps` sets the length."
+    )
+    max_train_steps: int = Field(
+        default_factory=lambda data: 0 if data["num_train_epochs"] else DEFAULT_STEPS,
+        ge=0,
+        description="Trainer steps. In distillation the critic moves at every step and the student at every "
+        f"`generator_update_interval`-th. 0 where `num_train_epochs` sets the length. Default: {DEFAULT_STEPS}, "
+        "or 0 if epochs are given.",
+    )
+    strict_epoch_limit: bool = Field(
+        False, description="With both lengths given: stop at whichever of epochs and steps is reached first."
+    )
+    train_batch_size: int = Field(1, ge=1, description="Samples per process and micro-batch.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per step.")
+    num_processes: int = Field(1, ge=1, description="Processes to train on, one per device.")
+    learning_rate: float = Field(
+        default_factory=lambda data: 2e-6 if data.get("model_type") == "full" else 2e-5,
+        gt=0, le=1,
+        description="Peak learning rate of the student. Default: 2e-5 for a LoRA, 2e-6 for a full model.",
+    )  # fmt: skip
+    lr_scheduler: Annotated[LrScheduler, BeforeValidator(_scheduler_name)] = Field(
+        "constant_with_warmup",
+        description="Course of the learning rate over the whole run, after the warm-up. "
+        "It is stretched over the updates that the student really makes.",
+    )
+    lr_warmup_steps: int = Field(0, ge=0, description="Trainer steps over which the rate rises from 0.")
+    lr_num_cycles: int = Field(1, ge=1, description="Cycles of `cosine_with_restarts` and `sine`.")
+    lr_power: float = Field(0.8, gt=0, description="Exponent of `polynomial`.")
+    lr_end: float = Field(
+        default_factory=lambda data: min(4e-7, 0.1 * data["learning_rate"]),
+        ge=0, le=1,
+        description="Where `cosine_with_min_lr`, `polynomial` and the other decays end. Default: 4e-7, and never more "
+        "than a tenth of the learning rate.",
+    )  # fmt: skip
+    seed: int = Field(42, ge=0, lt=2**63, description="Every random draw of the run follows from it.")
+
+
+class OptimizerOptions(Options):
+    """How gradients become steps."""
+
+    optimizer: OptimizerName = Field(
+        "adamw_bf16",
+        description="`adamw_bf16`: AdamW that keeps the small steps bf16 weights would lose. `torch-adamw`: PyTorch's. "
+        "`optimi-*`: the optimizers of torch-optimi.",
+    )
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
+    adam_weight_decay: float = Field(0.01, ge=0, le=1, description="Decoupled weight decay of the student.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clipping threshold of the student's gradient; 0 is off.")
+    grad_clip_method: Literal["value", "norm"] = Field(
+        "norm",
+        description="`norm` scales the whole gradient down to `max_grad_norm`; `value` clips every element to it.",
+    )
+
+
+class PrecisionOptions(Options):
+    """Number formats and memory."""
+
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "bf16", description="Format of the forward passes. What trains is kept in fp32; fp16 is for LoRA only."
+    )
+    base_model_precision: Precision = Field(
+        "no_change",
+        description="Storage format of the frozen base. It never touches a full student. "
+        "Wan loses visibly at 4 bits; int8 is nearly free.",
+    )
+    text_encoder_1_precision: Precision = Field(
+        "no_change", description="Storage format of the text encoder, which is needed only while caching prompts."
+    )
+    quantize_via: Literal["cpu", "accelerator"] = Field(
+        "accelerator", description="Where weights are quantised: `cpu` needs less GPU memory, `accelerator` is faster."
+    )
+    gradient_checkpointing: bool = Field(
+        True, description="Recomputes each block in the backward pass: far less memory, about a third more time."
+    )
+    attention_mechanism: Literal[
+        "diffusers", "native", "flash-attn-2", "flash-attn-3", "flex", "xformers",
+        "sageattention", "sageattention-int8-fp16-triton", "sageattention-int8-fp16-cuda", "sageattention-int8-fp8-cuda",
+    ] = Field(
+        "diffusers",
+        description="Attention kernel. `diffusers` and `native` are PyTorch's own and run everywhere; SageAttention "
+        "works only where no gradient flows and is used there alone.",
+    )  # fmt: skip
+
+
+class LoraOptions(Options):
+    """The student's adapter."""
+
+    lora_type: Literal["standard"] = Field("standard", description="`standard` is a LoRA as PEFT makes it.")
+    lora_rank: int = Field(16, ge=1, le=4096, description="Rank of the student's LoRA. 64 to 128 suits distillation.")
+    lora_alpha: float = Field(
+        default_factory=lambda data: float(data["lora_rank"]),
+        gt=0,
+        description="The LoRA acts with strength alpha / rank. Default: the rank, strength 1.",
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout in the adapter. Must be 0 in distillation.")
+    lora_init_type: Literal["default", "gaussian"] = Field(
+        "default", description="How the adapter's first factor starts; the second starts at 0, so nothing changes yet."
+    )
+    peft_lora_target_modules: Annotated[list[str] | None, BeforeValidator(words)] = Field(
+        None, description="Names of the layers that get an adapter. Default: attention and feed-forward of every block."
+    )
+    lora_format: Literal["diffusers", "comfyui", "both"] = Field(
+        "both", description="Key names of the exported LoRA: for diffusers, for ComfyUI, or one file of each."
+    )
+
+
+class EmaOptions(Options):
+    """The running average of what trains."""
+
+    use_ema: bool = Field(False, description="Keeps a running average (fp32) of the student's trained weights.")
+    ema_decay: float = Field(0.995, ge=0, lt=1, description="Share of the old average that survives a student update.")
+    ema_update_interval: int = Field(
+        1, ge=1, description="Student updates between two updates of the average; the decay is adjusted to it."
+    )
+    ema_start_step: int = Field(
+        0, ge=0, description="Student updates before averaging begins; until then the average is a copy."
+    )
+    ema_validation: Literal["none", "ema_only", "comparison"] = Field(
+        "comparison", description="Weights that validation renders: the trained ones, the average, or both."
+    )
+
+
+class FlowOptions(Options):
+    """Noise levels."""
+
+    flow_schedule_shift: float | None = Field(
+        default_factory=lambda data: DISTILLATION_SHIFT if data.get("distillation_method") else None,
+        gt=0, le=100,
+        description="Moves noise levels towards the noisy end: sigma = s u / (1 + (s - 1) u). "
+        f"Default: {DISTILLATION_SHIFT:g} in distillation; unset in fine-tuning, which then draws logit-normal levels.",
+    )  # fmt: skip
