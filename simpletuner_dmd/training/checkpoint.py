@@ -155,9 +155,10 @@ def _publish(partial: Path, target: Path) -> None:
         try:
             durable.rename(partial, target)
         except OSError:
-            durable.rename(replaced, target)
+            if not target.exists():
+                durable.rename(replaced, target)
             raise
-        durable.remove_folder(replaced)
+        _discard(replaced)
     else:
         durable.rename(partial, target)
 
@@ -181,13 +182,18 @@ def _rotate(root: Path, keep: int, newest: Path) -> None:
     present = complete_checkpoints(root)
     spared = {newest.name, _pointer(root, "best")}
     for path in [path for path in present if path.name not in spared][: max(0, len(present) - keep)]:
-        try:
-            # Renamed first: a crash in the middle of deleting must not leave something that looks like a checkpoint.
-            going = path.with_name(f".{path.name}.deleted")
-            durable.rename(path, going)
-            durable.remove_folder(going)
-        except OSError as error:
-            log.warning("The old checkpoint %s could not be deleted (%s); the run goes on.", path, error)
+        _discard(path)
+
+
+def _discard(path: Path) -> None:
+    """Deletes a folder that is no longer needed; a failure costs space, not the run."""
+    try:
+        # Renamed first: a crash in the middle of deleting must not leave something that looks like a checkpoint.
+        going = path.with_name(f".{path.name.strip('.').split('.')[0]}.deleted")
+        durable.rename(path, going)
+        durable.remove_folder(going)
+    except OSError as error:
+        log.warning("The old checkpoint %s could not be deleted (%s); the run goes on.", path, error)
 
 
 # --- finding and loading --------------------------------------------------------------------------------------------
@@ -245,8 +251,12 @@ def load_checkpoint(path: Path) -> CheckpointState:
                 defect = f"{name} is not what was written (its checksum differs)"
                 break
     if defect is not None:
-        raise UserError(f"this checkpoint cannot be used: {defect}", file=str(path), key="resume_from_checkpoint",
-                        fix="delete or move this folder; the same command then resumes from the one before")  # fmt: skip
+        raise UserError(
+            f"this checkpoint cannot be used: {defect}",
+            file=str(path),
+            key="resume_from_checkpoint",
+            fix="delete or move this folder; the same command then resumes from the one before",
+        )
     stems = {name.rsplit(".", 1)[0] for name in _manifest(path)["files"]}
     cursor = _read(path, "cursor")
     return CheckpointState(

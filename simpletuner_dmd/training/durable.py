@@ -116,7 +116,7 @@ def free_bytes(folder: Path) -> int:
 def disk_full(path: Path, needed: int, what: str, consequence: str) -> UserError:
     """The sentence for a full disk: what was being written, bytes needed and free, what became of it, what to do."""
     return UserError(
-        f"the disk is too full for {what}: {needed:,} bytes are needed and {free_bytes(path):,} are free. {consequence}",
+        f"the disk is too full for {what}: {needed:,} bytes are needed, {free_bytes(path):,} are free. {consequence}",
         file=str(path),
         fix="free some space, lower checkpoints_total_limit or move output_dir; the same command then goes on",
     )

@@ -111,7 +111,7 @@ def write_safetensors(file: HashingFile, tensors: Mapping[str, Tensor], metadata
         tensor = tensors[name]
         if tensor.numel():
             flat = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            file.write(memoryview(flat.numpy()))
+            file.write(flat.numpy().data)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
