@@ -210,7 +210,8 @@ def complete_checkpoints(root: Path) -> list[Path]:
 def find_latest(root: Path) -> Path | None:
     """The whole checkpoint that was written last, or None. Half-written ones are skipped, with a warning each.
 
-    Found by looking, not by the file `latest`, which a crash right after a checkpoint may leave one behind.
+    Found by looking, not by the file `latest`, which a crash right after a checkpoint may leave one behind. With
+    several processes one of them asks and tells the others: the call also puts back what a crash left half-replaced.
     """
     if not root.is_dir():
         return None

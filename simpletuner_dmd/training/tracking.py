@@ -133,8 +133,9 @@ class Tracking:
 
 def _open(name: str, output_dir: Path, project: str, run_name: str) -> Any:
     """One of accelerate's trackers, not started. Its own `init_trackers` would skip a missing one without a word."""
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    PartialState()  # the trackers ask it for the main process; a running Accelerator has made it already
     if name == "wandb":
         return tracking.WandBTracker(project, name=run_name, dir=str(output_dir))
     if name == "tensorboard":

@@ -161,3 +161,26 @@ def test_accelerates_trackers_are_made_as_it_makes_them(tmp_path, monkeypatch):
     board = tracking._open("tensorboard", tmp_path, "project", "run")
     assert (board.run_name, board.logging_dir_param) == ("run", str(tmp_path / "tensorboard"))
     assert tracking._open("trackio", tmp_path, "project", "run").init_kwargs == {"name": "run"}
+
+
+def test_a_real_tracker_takes_a_whole_run(tmp_path, monkeypatch, caplog):
+    """wandb itself, offline: what the recorders above cannot know, such as what accelerate wants set up first."""
+    pytest.importorskip("wandb", reason="wandb is an extra")
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.mp4").write_bytes(b"\0" * 100)
+    try:
+        with caplog.at_level(logging.WARNING, logger=tracking.__name__):
+            run = Tracking(tmp_path, "wandb", run_name="r", config={"lr": 1e-5, "list": [1, None], "none": None})
+            assert list(run.trackers) == ["wandb"]
+            run.log(1, {"loss": 0.5, "bad": float("nan")})
+            run.video(1, "a cat", tmp_path / "x.mp4")
+            assert list(run.trackers) == ["wandb"]
+            run.close()
+    finally:
+        accelerate.PartialState._reset_state()
+    assert not [record for record in caplog.records if record.name == tracking.__name__]
+    copies = list((tmp_path / "wandb").glob("offline-run-*/files/media/videos/*.mp4"))
+    assert len(copies) == 1 and copies[0].read_bytes() == b"\0" * 100
