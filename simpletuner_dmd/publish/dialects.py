@@ -91,7 +91,7 @@ def to_diffusers(lora: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict
 
 
 def to_comfyui(lora: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict[str, Tensor]:
-    """The tensors under the names that ComfyUI's `LoraLoaderModelOnly` (and diffusers too) takes, right at strength 1."""
+    """The tensors under the names that ComfyUI (and diffusers too) takes, right at strength 1."""
     folded = fold_alpha(lora, rank=rank, alpha=alpha)
     return {comfyui_key(key): tensor for key, tensor in folded.items()}
 

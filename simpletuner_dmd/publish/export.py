@@ -69,7 +69,12 @@ def export_lora(
         written.append(_save(directory / "comfyui" / comfyui_file, comfyui, metadata))
         graph = comfyui_workflow(info, comfyui_file, choice.name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
-    adapter = {"rank": rank, "alpha": rank, "trained_alpha": alpha, "formats": [f for f in FORMATS if f in formats]}
+    adapter = {
+        "rank": rank,
+        "alpha": rank,
+        "trained_alpha": alpha,
+        "files": [str(p.relative_to(directory)) for p in written if p.suffix == ".safetensors"],
+    }
     return written + _describe(directory, info, choice, _dtype_name(dtype), comfyui_file, adapter)
 
 
@@ -168,8 +173,10 @@ def _foreign_metadata(info: ExportInfo, rank: int, tensors: Mapping[str, Tensor]
     ComfyUI-Lora-Manager, which looks for "il" in it.
     """
     digest = tensor_hash(tensors)
-    hint = (f"{info.steps} steps, cfg 1, sampler {'lcm' if info.renoise == 'sde' else 'euler'}, timesteps "
-            f"{ladder_text(info)}" if info.schedule.ladder else f"{info.steps} steps, cfg {info.guidance:g}")  # fmt: skip
+    hint = f"{info.steps} steps, cfg {info.guidance:g}"
+    if info.schedule.ladder:
+        sampler = "lcm" if info.renoise == "sde" else "euler"
+        hint = f"{info.steps} steps, cfg 1, sampler {sampler}, timesteps {ladder_text(info)}"
     return {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "wan2.1/lora",

@@ -1,4 +1,4 @@
-"""Upload to the Hugging Face Hub in the background. It never ends or holds up a run: the files are in `export/` first."""
+"""Upload to the Hugging Face Hub in the background. It never ends or holds up a run; `export/` is there first."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def check_export(
     if tolerance is None:
         tolerance = TOLERANCES.get(document["weights_dtype"], TOLERANCES["float32"])
     try:
-        _compare_dialects(export_dir)
+        _compare_dialects(export_dir, document)
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
         with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
             latents = _sample(pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length)
@@ -144,9 +144,7 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
         with _swapped(pipeline, "transformer", student):
             yield
         return
-    file = folder / LORA_FILE
-    if not file.exists():
-        file = next((export_dir / "comfyui").glob("*.safetensors"))
+    file = export_dir / document["adapter"]["files"][0]
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="load_back")
     except (ValueError, KeyError, RuntimeError) as error:
@@ -170,21 +168,21 @@ def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
         setattr(pipeline, name, former)
 
 
-def _compare_dialects(export_dir: Path) -> None:
+def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
     """The ComfyUI file holds the same factors under its names, so the same delta weights; and no alpha."""
-    diffusers_file = export_dir / "diffusers" / LORA_FILE
-    comfyui_files = sorted((export_dir / "comfyui").glob("*.safetensors"))
-    if not diffusers_file.exists():
+    files = [export_dir / name for name in (document["adapter"] or {}).get("files", [])]
+    for file in files:
+        if not file.exists():
+            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
+    if len(files) < 2:
         return
-    ours = load_file(diffusers_file)
-    expected = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): key for key in ours} if comfyui_files else {}
-    for file in comfyui_files:
-        theirs = load_file(file)
-        if expected.keys() != theirs.keys():
-            raise _Unfit(f"comfyui/{file.name} does not name the same modules as {LORA_FILE}")
-        for name, key in expected.items():
-            if not torch.equal(theirs[name], ours[key]):
-                raise _Unfit(f"comfyui/{file.name} differs from {LORA_FILE} at {name}")
+    ours, theirs = load_file(files[0]), load_file(files[1])
+    expected = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): key for key in ours}
+    if expected.keys() != theirs.keys():
+        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as {LORA_FILE}")
+    for name, key in expected.items():
+        if not torch.equal(theirs[name], ours[key]):
+            raise _Unfit(f"comfyui/{files[1].name} differs from {LORA_FILE} at {name}")
 
 
 def _load_sampler(path: Path) -> Any:

@@ -62,6 +62,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     names = ["WanPipeline"] if choice.needs_sampler_file else [scheduler, "WanPipeline"]
     names += ["WanTransformer3DModel"] if info.model_type == "full" else []
     width, height, frames = info.size
+    guidance = 1.0 if info.schedule.ladder else info.guidance
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
@@ -92,7 +93,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         if choice.name == "lcm" else "torch.manual_seed(42)",
         f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "
         f"num_frames={frames},",
-        f"             num_inference_steps={info.steps}, guidance_scale={info.guidance if not info.schedule.ladder else 1.0},"
+        f"             num_inference_steps={info.steps}, guidance_scale={guidance},"
         f" max_sequence_length={info.tokenizer_max_length}).frames[0]",
         f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
     ]  # fmt: skip

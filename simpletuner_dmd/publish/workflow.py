@@ -12,7 +12,7 @@ Node = dict[str, Any]
 def comfyui_workflow(info: ExportInfo, lora_file: str, sampler: str) -> dict[str, Node]:
     """The graph. sampler: "lcm" (fresh noise at each step), "euler", or "unipc" for a model without a ladder."""
     width, height, frames = info.size
-    graph = {
+    return {
         "1": _node("UNETLoader", unet_name=base_file(info), weight_dtype="default"),
         "2": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=lora_file, strength_model=1.0),
         "3": _node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan"),
@@ -30,7 +30,6 @@ def comfyui_workflow(info: ExportInfo, lora_file: str, sampler: str) -> dict[str
         "14": _node("SaveVideo", video=["13", 0], filename_prefix=f"video/{info.file_name}",
                     **{"format": "auto", "format.codec": "auto", "codec": "auto"}),
     }  # fmt: skip
-    return graph
 
 
 def _few_step_nodes(info: ExportInfo) -> dict[str, Node]:
