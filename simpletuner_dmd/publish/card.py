@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
-
-import yaml
 
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice
@@ -17,7 +16,7 @@ def model_card(
 ) -> str:
     """Markdown with YAML front matter. comfyui_file: the name under comfyui/, None where it was not written."""
     sections = [
-        f"---\n{yaml.safe_dump(front_matter(info), sort_keys=False, allow_unicode=True)}---\n",
+        f"---\n{_yaml(front_matter(info))}---\n",
         f"# {info.run_name}\n",
         _summary(info),
         info.note and f"{info.note}\n",
@@ -60,7 +59,9 @@ def _summary(info: ExportInfo) -> str:
 
 def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
     if not info.schedule.ladder:
-        return f"## Settings\n\n{_table([('steps', str(info.steps)), ('guidance_scale', f'{info.guidance:g}'), ('shift', f'{info.schedule.shift:g}')])}"  # noqa: E501
+        rows = [("steps", str(info.steps)), ("guidance_scale", f"{info.guidance:g}"),
+                ("shift", f"{info.schedule.shift:g}")]  # fmt: skip
+        return f"## Settings\n\n{_table(rows)}"
     scheduler = f"`{type(choice.scheduler).__name__}` from `diffusers/scheduler`"
     if choice.needs_sampler_file:
         scheduler = (f"`few_step_scheduler()` from `sampler.py`. No stock config gives this ladder: the one in "
@@ -121,6 +122,11 @@ def _validation(info: ExportInfo) -> str:
     seed = "" if info.validation_seed is None else f", seed {info.validation_seed}"
     lines = "\n".join(f"- {_inline(prompt)}" for prompt in info.validation_prompts)
     return f"## Validation prompts{f' ({sizes}{seed})' if sizes else ''}\n\n{lines}\n"
+
+
+def _yaml(matter: dict[str, Any]) -> str:
+    """A flat mapping: every JSON value is a YAML value."""
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in matter.items())
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -78,8 +78,8 @@ def check_export(
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
         with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
             latents = _sample(pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length)
-    except _Unfit as error:
-        return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {error}")
+    except _Unfit as unfit:
+        return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
     if latents.shape != reference_latents.shape:
         return LoadBack(float("inf"), False, f"the stock pipeline returns latents of shape {tuple(latents.shape)}, "
                         f"the sampler of training {tuple(reference_latents.shape)}")  # fmt: skip

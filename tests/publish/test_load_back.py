@@ -1,4 +1,4 @@
-"""An export, opened by stock diffusers alone, samples what the sampler of training samples. And fails when it should."""
+"""An export, opened by stock diffusers alone, samples what training's sampler does; it fails when it should."""
 
 import json
 
@@ -146,3 +146,31 @@ def test_reference_noise_is_what_a_prompted_pipeline_draws(pipeline):
     first, fresh = reference_noise(SEED, SHAPE)
     assert torch.equal(first, latents)
     assert torch.equal(fresh(1, first), torch.randn(SHAPE))
+
+
+def run_user_code(monkeypatch, code, argv=("sampler.py",)):
+    """Runs code a user is given, on the CPU and in fp32; returns the video it would write."""
+    videos = []
+    monkeypatch.setattr("diffusers.utils.export_to_video", lambda video, path, fps: videos.append((video, fps)))
+    monkeypatch.setattr("sys.argv", list(argv))
+    code = code.replace("torch.bfloat16", "torch.float32").replace('pipe.to("cuda")', 'pipe.to("cpu")')
+    exec(compile(code, argv[0], "exec"), {"__name__": "__main__", "__file__": argv[0]})
+    return videos[0]
+
+
+@pytest.mark.parametrize("model_type", ["lora", "full"])
+def test_the_code_a_user_copies_runs_and_agrees(tmp_path, monkeypatch, base_folder, lora, model_type):
+    info = make_info(model_type=model_type, trained_sizes=((32, 32, 9),), base=str(base_folder))
+    if model_type == "lora":
+        export_lora(tmp_path, lora, rank=RANK, alpha=ALPHA, info=info)
+    else:
+        export_full(tmp_path, merged(base_folder, lora, ALPHA / RANK), info)
+    sampler = str(tmp_path / "sampler.py")
+    ours, fps = run_user_code(monkeypatch, (tmp_path / "sampler.py").read_text(),
+                              (sampler, info.prompt, "out.mp4", str(base_folder)))  # fmt: skip
+    snippet = json.loads((tmp_path / "distill.json").read_text())["snippet"]
+    snippet = snippet.replace("path/to/export", str(tmp_path)).replace('base = "', f'base = "{base_folder.parent}/')
+    card, _ = run_user_code(monkeypatch, snippet)
+    assert fps == 16
+    assert ours.shape == (9, 32, 32, 3)
+    assert abs(ours - card).max() < 1e-3
