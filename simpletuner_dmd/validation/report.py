@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable
 from html import escape
@@ -75,7 +76,7 @@ def _parts(run: Run) -> dict[str, str]:
 def _subtitle(run: Run) -> str:
     method = str(run.distill.get("method") or run.option("distillation_method") or "supervised")
     base = str(run.distill.get("base") or run.option("pretrained_model_name_or_path"))
-    base = Path(base).name if os.path.isabs(base) else base
+    base = Path(base).name if Path(base).is_absolute() else base
     parts = [method.upper() if method != "supervised" else "Supervised training", f"from {base}" if base else ""]
     return escape(" ".join(part for part in parts if part))
 
@@ -168,7 +169,7 @@ def _prompt_row(index: int, prompt: Prompt, clips: list[Clip], kinds: list[str],
     size = f"{prompt.width}×{prompt.height}" if prompt.width else ""
     frames = f"{prompt.frames} frames" if prompt.frames else ""
     seed = "" if prompt.seed is None else f"seed {prompt.seed}"
-    name = prompt.name if prompt.name != prompt.text else ""
+    name = "" if _words(prompt.name) == _words(prompt.text) else prompt.name
     about = " · ".join(escape(part) for part in (name, seed, size, frames) if part)
     figures = "".join(_figure(prompt, kind, clip_at(clips, kind, step)) for kind in kinds)
     return (f'<article class="prompt" data-prompt="{index}"><h3>{escape(prompt.text)}</h3>'
@@ -216,7 +217,8 @@ def _curves(run: Run) -> str:
         label = f"{_title(chart.title)} over {len(chart.x)} points up to step {chart.x[-1]:g}; last: {words}"
         blocks.append(
             f'<figure class="chart"><figcaption>{escape(_title(chart.title))}</figcaption>'
-            f'<div class="plot" data-chart="{index}" role="img" aria-label="{escape(label, quote=True)}"></div></figure>'
+            f'<div class="plot" data-chart="{index}" role="img" aria-label="{escape(label, quote=True)}"></div>'
+            "</figure>"
         )
     return f'<div class="charts">{"".join(blocks)}</div>'
 
@@ -224,7 +226,7 @@ def _curves(run: Run) -> str:
 def _settings(run: Run) -> str:
     if not run.config:
         return '<p class="empty">config.resolved.json is not there.</p>'
-    rows = [(key, entry.get("value"), str(entry.get("origin", ""))) for key, entry in run.config.items()]
+    rows = [(key, _public(key, entry.get("value")), str(entry.get("origin", ""))) for key, entry in run.config.items()]
     chosen = [row for row in rows if row[2] != "default"]
     others = [row for row in rows if row[2] == "default"]
     text = _table(("option", "value", "from"), chosen) if chosen else '<p class="empty">All options are defaults.</p>'
@@ -232,6 +234,14 @@ def _settings(run: Run) -> str:
         text += (f"<details><summary>{len(others)} options at their defaults</summary>"
                  f"{_table(('option', 'value'), [row[:2] for row in others])}</details>")  # fmt: skip
     return text
+
+
+def _public(key: str, value: Any) -> Any:
+    """Reports are passed around: what may hold a password is not in them. The path of a webhook's file is harmless."""
+    secret = any(word in key.lower() for word in ("token", "secret", "password", "api_key"))
+    secret = secret and isinstance(value, str) and value != ""
+    inline_webhook = "webhook" in key.lower() and (not isinstance(value, (str, type(None))) or "://" in (value or ""))
+    return "(hidden)" if secret or inline_webhook else value
 
 
 def _export(run: Run) -> str:
@@ -269,14 +279,15 @@ def _events(run: Run) -> str:
 
 
 def _table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> str:
-    body = "".join(
-        "<tr>" + "".join(f"<th scope=row>{escape(_plain(cell))}</th>" if index == 0 else f"<td>{escape(_plain(cell))}</td>"
-                         for index, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )  # fmt: skip
+    body = "".join(f"<tr>{''.join(_cell(index, cell) for index, cell in enumerate(row))}</tr>" for row in rows)
     columns = "".join(f"<th scope=col>{escape(name)}</th>" for name in head)
     return (f'<div class="table" tabindex="0" role="region" aria-label="{escape(head[0])}s"><table>'
             f"<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table></div>")  # fmt: skip
+
+
+def _cell(index: int, value: Any) -> str:
+    text = escape(_plain(value))
+    return f"<td>{text}</td>" if index else f"<th scope=row>{text}</th>"
 
 
 # --- data for the script --------------------------------------------------------------------------------------------
@@ -328,6 +339,10 @@ def _short(value: Any, unit: str = "") -> str:
     if not isinstance(value, int | float):
         return "–"
     return f"{value / 2**30:.2f} GiB" if unit == "bytes" else f"{value:.4g}"
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower().replace("_", " "))
 
 
 def _duration(seconds: float) -> str:

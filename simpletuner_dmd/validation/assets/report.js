@@ -122,12 +122,14 @@ function drawCharts() {
       series.push({ label, stroke, width: 2, value, points: dots });
       columns.push(noisy ? smoothed(values) : values);
     });
-    return new uPlot({
+    const plot = new uPlot({
       width: box.clientWidth, height: 190, series,
       cursor: { sync: { key: "step" }, y: false },
       scales: { x: { time: false } },
       axes: [{ ...axis }, { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
     }, columns, box);
+    plot.setLegend({ idx: chart.x.length - 1 }); // the last values, until the pointer asks for others
+    return plot;
   });
 }
 drawCharts();
