@@ -74,9 +74,11 @@ def _parts(run: Run) -> dict[str, str]:
 
 
 def _subtitle(run: Run) -> str:
-    method = str(run.distill.get("method") or run.option("distillation_method") or "supervised")
+    method = str(run.distill.get("method") or run.option("distillation_method") or "")
     base = str(run.distill.get("base") or run.option("pretrained_model_name_or_path"))
     base = Path(base).name if Path(base).is_absolute() else base
+    if not method and run.config:
+        method = "supervised"
     parts = [method.upper() if method != "supervised" else "Supervised training", f"from {base}" if base else ""]
     return escape(" ".join(part for part in parts if part))
 
@@ -327,7 +329,7 @@ def _embedded(document: Any) -> str:
 
 
 def _title(key: str) -> str:
-    special = {"lr": "Learning rate", "dmd_loss": "DMD loss", "peak_bytes": "Peak memory",
+    special = {"lr": "Learning rate", "grad_norm": "Gradient norm", "dmd_loss": "DMD loss", "peak_bytes": "Peak memory",
                "step_seconds": "Seconds per step"}  # fmt: skip
     if key in special:
         return special[key]

@@ -134,8 +134,8 @@ def test_markup_in_prompts_stays_text(tmp_path):
 def test_videos_outside_the_run_are_not_linked(tmp_path):
     (tmp_path / "secret.mp4").write_bytes(b"")
     folder = tmp_path / "run"
-    rows = [{"event": "validation", "step": 1, "kind": "student", "name": "x", "file": file}
-            for file in ("../secret.mp4", str(tmp_path / "secret.mp4"), "missing.mp4", None, "http://host/x.mp4")]  # fmt: skip
+    files = ("../secret.mp4", str(tmp_path / "secret.mp4"), "missing.mp4", None, "http://host/x.mp4")
+    rows = [{"event": "validation", "step": 1, "kind": "student", "name": "x", "file": file} for file in files]
     write_rows(folder, rows)
     assert "No videos yet" in Page(build_report(folder)).text
 

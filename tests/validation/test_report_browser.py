@@ -23,6 +23,7 @@ document.querySelector("iframe").addEventListener("load", async event => {
   const view = event.target.contentWindow, page = view.document, found = {errors: []};
   const videos = () => [...page.querySelectorAll("video")];
   found.plots = page.querySelectorAll(".uplot canvas").length;
+  found.legend = page.querySelector(".u-legend").textContent;
   found.overflow = page.documentElement.scrollWidth - page.documentElement.clientWidth;
   for (let k = 0; k < 50 && videos().some(v => v.readyState < 2); k++) await wait(100);
   found.loaded = videos().map(v => v.readyState >= 2 && v.videoWidth === 64);
@@ -55,6 +56,7 @@ def test_page_in_a_browser(tmp_path, width):
     assert "CONSOLE" not in answer.stderr
     found = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', answer.stdout, re.DOTALL)[1]))
     assert found["plots"] == 6
+    assert "Step60" in found["legend"]
     assert found["overflow"] <= 0
     assert all(found["loaded"])
     assert found["apart"] < 0.1

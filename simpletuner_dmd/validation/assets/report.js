@@ -108,8 +108,10 @@ function drawCharts() {
   plots = data.charts.map((chart, index) => {
     const box = document.querySelector(`[data-chart="${index}"]`);
     const noisy = chart.x.length > 40 && chart.title !== "Learning rate" && chart.unit !== "bytes";
-    const value = (_, raw) => number(raw, chart.unit);
-    const series = [{ label: "Step", value: (_, raw) => raw == null ? "–" : String(Math.round(raw)) }];
+    // Without a pointer on the chart uPlot asks for the value of no point: show the last one.
+    const value = (plot, raw, k, at) => number(at == null ? plot.data[k].at(-1) : raw, chart.unit);
+    const step = (plot, raw, k, at) => String(Math.round(at == null ? plot.data[0].at(-1) : raw));
+    const series = [{ label: "Step", value: step }];
     const columns = [chart.x];
     chart.series.forEach((values, k) => {
       const stroke = colour(`--series-${k % 4 + 1}`);
@@ -122,14 +124,12 @@ function drawCharts() {
       series.push({ label, stroke, width: 2, value, points: dots });
       columns.push(noisy ? smoothed(values) : values);
     });
-    const plot = new uPlot({
+    return new uPlot({
       width: box.clientWidth, height: 190, series,
       cursor: { sync: { key: "step" }, y: false },
       scales: { x: { time: false } },
-      axes: [{ ...axis }, { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
+      axes: [{ ...axis, size: 32 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
     }, columns, box);
-    plot.setLegend({ idx: chart.x.length - 1 }); // the last values, until the pointer asks for others
-    return plot;
   });
 }
 drawCharts();
