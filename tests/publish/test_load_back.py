@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from simpletuner_dmd.flow import Schedule, sample_few_step, uniform_ladder
@@ -67,6 +68,16 @@ def test_half_precision_is_judged_by_its_own_tolerance(tmp_path, pipeline, base_
     result = check(pipeline, tmp_path, prompt_embeds, latents, SDE3, "sde")
     assert result.passed, result.message
     assert result.max_relative_error > 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_a_half_precision_base_still_tells_a_wrong_strength(tmp_path, base_folder, lora, prompt_embeds, scale):
+    export_lora(tmp_path, lora, rank=RANK, alpha=scale * ALPHA, info=make_info())
+    latents = reference(merged(base_folder, lora, ALPHA / RANK), prompt_embeds, SDE3, "sde")
+    pipeline = WanPipeline.from_pretrained(base_folder, dtype=torch.bfloat16)
+    result = check(pipeline, tmp_path, prompt_embeds, latents, SDE3, "sde")
+    assert result.passed is (scale == 1.0), result.message
+    assert result.max_relative_error > 1e-3
 
 
 def rewrite(path, change):
