@@ -185,3 +185,26 @@ def test_the_code_a_user_copies_runs_and_agrees(tmp_path, monkeypatch, base_fold
     assert fps == 16
     assert ours.shape == (9, 32, 32, 3)
     assert abs(ours - card).max() < 1e-3
+
+
+def test_lora_on_a_quantised_base_loads_back(tmp_path, pipeline, lora, prompt_embeds):
+    """The base stays in the precision of training: int8 by quanto, LoRA beside it, as training computes it."""
+    from optimum.quanto import freeze, qint8, quantize
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    def quantised(model):
+        quantize(model.blocks, weights=qint8)
+        freeze(model.blocks)
+        return model
+
+    export_lora(tmp_path, lora, rank=RANK, alpha=ALPHA, info=make_info())
+    quantised(pipeline.transformer)
+    modules = sorted({key.split(".lora_")[0] for key in lora})
+    pipeline.transformer.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=modules), "trained")
+    set_peft_model_state_dict(pipeline.transformer, lora, adapter_name="trained")
+    latents = reference(pipeline.transformer, prompt_embeds, SDE3, "sde")
+    pipeline.unload_lora_weights()
+    without = reference(pipeline.transformer, prompt_embeds, SDE3, "sde")
+    assert (latents - without).abs().max() > 0.1
+    result = check(pipeline, tmp_path, prompt_embeds, latents, SDE3, "sde")
+    assert result.passed, result.message

@@ -1,5 +1,6 @@
 """Hub and webhook: against real sockets on loopback; a failure is a warning and nothing else."""
 
+import inspect
 import json
 import logging
 import threading
@@ -147,3 +148,26 @@ def test_a_hub_that_hangs_does_not_hold_the_run(tmp_path):
         uploader = HubUploader("me/it", token="x", endpoint=f"http://127.0.0.1:{deaf.getsockname()[1]}")
         uploader.upload(tmp_path)
         assert uploader.close(0.2) is False
+
+
+@pytest.mark.usefixtures("no_offline")
+def test_uploads_run_in_order_with_calls_the_library_knows(tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
+
+    calls = []
+
+    def recorder(name):
+        signature = inspect.signature(getattr(HfApi, name))
+        return lambda self, *args, **words: calls.append((name, signature.bind(self, *args, **words).arguments))
+
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(HfApi, name, recorder(name))
+    uploader = HubUploader("me/it", token="x")
+    uploader.upload(tmp_path, path_in_repo="first")
+    uploader.upload(tmp_path, path_in_repo="second")
+    assert uploader.close(30)
+    assert [name for name, _ in calls] == ["create_repo", "upload_folder"] * 2
+    assert calls[0][1]["private"] is True
+    assert [words["path_in_repo"] for name, words in calls if name == "upload_folder"] == ["first", "second"]
+    assert uploader.uploaded == [tmp_path] * 2
+    assert not uploader.failures
