@@ -1,0 +1,140 @@
+"""The model card: what the Hub reads at the top, and what a person needs to get the student's own result."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
+from simpletuner_dmd.publish.schedulers import SchedulerChoice
+from simpletuner_dmd.publish.snippets import load_snippet
+from simpletuner_dmd.publish.workflow import base_file
+
+
+def model_card(
+    info: ExportInfo, choice: SchedulerChoice, *, weights_dtype: str, comfyui_file: str | None = None
+) -> str:
+    """Markdown with YAML front matter. comfyui_file: the name under comfyui/, None where it was not written."""
+    sections = [
+        f"---\n{_yaml(front_matter(info))}---\n",
+        f"# {info.run_name}\n",
+        _summary(info),
+        info.note and f"{info.note}\n",
+        f"## Use it with diffusers\n\n```python\n{load_snippet(info, choice)}```\n",
+        _settings(info, choice),
+        comfyui_file and _comfyui(info, choice, comfyui_file),
+        _training(info, weights_dtype),
+        _validation(info),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def front_matter(info: ExportInfo) -> dict[str, Any]:
+    """What the Hub reads. One `base_model` in diffusers layout: its copied snippet breaks on a list."""
+    tags = ["text-to-video", "diffusers", "wan", *(["lora"] if info.model_type == "lora" else [])]
+    tags += ["comfyui", "template:sd-lora"] if info.model_type == "lora" else []
+    tags += ["distillation"] if info.schedule.ladder else []
+    matter: dict[str, Any] = {"license": info.licence, "library_name": "diffusers", "pipeline_tag": "text-to-video"}
+    if not info.base_is_local:
+        matter["base_model"] = info.base
+        matter["base_model_relation"] = "adapter" if info.model_type == "lora" else "finetune"
+    return {**matter, "tags": tags}
+
+
+def _summary(info: ExportInfo) -> str:
+    kind = (
+        "LoRA for"
+        if info.model_type == "lora"
+        else "full copy, in few steps, of"
+        if info.schedule.ladder
+        else "fine-tune of"
+    )
+    text = f"A {kind} `{info.base_name}`"
+    if not info.schedule.ladder:
+        return f"{text}, trained with SimpleTuner-DMD.\n"
+    steps = f"{info.steps} step" + ("s" if info.steps > 1 else "")
+    return (f"{text} that makes a video in **{steps}** without guidance: one forward of the network per step. "
+            f"Distilled with {info.method.upper() or 'SimpleTuner-DMD'}.\n")  # fmt: skip
+
+
+def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
+    if not info.schedule.ladder:
+        rows = [("steps", str(info.steps)), ("guidance_scale", f"{info.guidance:g}"),
+                ("shift", f"{info.schedule.shift:g}")]  # fmt: skip
+        return f"## Settings\n\n{_table(rows)}"
+    scheduler = f"`{type(choice.scheduler).__name__}` from `diffusers/scheduler`"
+    if choice.needs_sampler_file:
+        scheduler = (f"`few_step_scheduler()` from `sampler.py`. No stock config gives this ladder: the one in "
+                     f"`diffusers/scheduler` is the nearest, off by up to {choice.max_error:.3g} in sigma "
+                     f"({1000 * choice.max_error:.3g} timesteps)")  # fmt: skip
+    meaning = {"lcm": "**lcm**: fresh noise before every further step",
+               "euler": "**euler**: deterministic, no new noise"}[choice.name]  # fmt: skip
+    rows = [
+        ("num_inference_steps", f"{info.steps}; the scheduler is right for this number only"),
+        ("guidance_scale", "1.0 (off). Higher values burn the colours; a negative prompt has no effect"),
+        ("timesteps", ladder_text(info)),
+        ("sigmas", ", ".join(decimals(sigma) for sigma in (*info.schedule.ladder, 0.0)) + " (already shifted)"),
+        ("sampler", f"{meaning}. The sampler is part of the model: the other one gives different videos"),
+        ("scheduler", scheduler),
+        ("LoRA strength", "1.0") if info.model_type == "lora" else ("weights", "`diffusers/transformer`"),
+        ("max_sequence_length", str(info.tokenizer_max_length)),
+    ]
+    seed = ("\nThe re-noising draws from torch's global generator: call `torch.manual_seed` for a repeatable result.\n"
+            if choice.name == "lcm" else "")  # fmt: skip
+    return f"## Settings\n\n{_table(rows)}{seed}"
+
+
+def _comfyui(info: ExportInfo, choice: SchedulerChoice, comfyui_file: str) -> str:
+    sampler = "uni_pc" if choice.name == "unipc" else choice.name
+    lines = [
+        "## Use it with ComfyUI\n",
+        f"Put `comfyui/{comfyui_file}` into `models/loras` and open `comfyui/workflow.json` (sampler `{sampler}`, "
+        "strength 1.0" + (", cfg 1.0, the sigmas of the table)." if info.schedule.ladder else ")."),
+        f"The base in the graph is called `{base_file(info)}`; choose your own name of it.",
+    ]
+    if info.schedule.ladder:
+        lines.append("The graph uses the core node `ManualSigmas`, in ComfyUI since the end of 2025.")
+    return "\n".join(lines) + "\n"
+
+
+def _training(info: ExportInfo, weights_dtype: str) -> str:
+    sizes = ", ".join(f"{width}x{height}, {frames} frames" for width, height, frames in info.trained_sizes)
+    rows = [
+        ("base", f"`{info.base_name}`"),
+        ("teacher", info.teacher),
+        ("method", info.method or "supervised"),
+        ("trained sizes", sizes),
+        ("framerate", f"{info.framerate:g}"),
+        ("updates of the student", str(info.train_steps) if info.train_steps else ""),
+        ("weights", {"ema": "moving average (EMA)", "raw": "as trained (no EMA)"}.get(info.weights, info.weights)),
+        ("stored as", weights_dtype),
+        ("licence", info.licence),
+        ("tool", f"SimpleTuner-DMD {info.tool_version}".strip()),
+        *((name, f"{value:.6g}") for name, value in info.metrics.items()),
+    ]
+    return f"## Training\n\n{_table([(name, value) for name, value in rows if value])}"
+
+
+def _validation(info: ExportInfo) -> str:
+    if not info.validation_prompts:
+        return ""
+    sizes = ", ".join(f"{width}x{height}x{frames}" for width, height, frames in info.validation_sizes)
+    seed = "" if info.validation_seed is None else f", seed {info.validation_seed}"
+    lines = "\n".join(f"- {_inline(prompt)}" for prompt in info.validation_prompts)
+    return f"## Validation prompts{f' ({sizes}{seed})' if sizes else ''}\n\n{lines}\n"
+
+
+def _yaml(matter: dict[str, Any]) -> str:
+    """A flat mapping: every JSON value is a YAML value."""
+    return "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in matter.items())
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    body = "\n".join(f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows)
+    return f"| | |\n|---|---|\n{body}\n"
+
+
+def _inline(text: str) -> str:
+    """User text on one line, without markup."""
+    plain = " ".join(text.split())
+    return "".join("\\" + c if c in "\\`*_[]<>#|" else c for c in plain)

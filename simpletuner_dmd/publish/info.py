@@ -1,0 +1,89 @@
+"""What an export says about itself: one record that the card, the metadata, the workflow and distill.json read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simpletuner_dmd.flow import Schedule
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """The facts of a finished student.
+
+    method: "dmd", … or "" for supervised training. schedule: its ladder is the student's steps; empty for supervised
+    training, which then samples with `sampling_steps` steps of Wan's own solver at `guidance`.
+    renoise: "sde" or "ode". base: a Hub name or a folder. base_hash: of the base's weights, "" where unknown.
+    model_type: "lora" or "full". weights: "ema" or "raw". trained_sizes: (width, height, frames) in pixels.
+    train_steps: updates of the student. validation_sizes as trained_sizes. hub_repo: where it is published, if it is.
+    """
+
+    run_name: str
+    method: str
+    schedule: Schedule
+    renoise: str
+    base: str
+    model_type: str = "lora"
+    base_hash: str = ""
+    guidance: float = 1.0
+    sampling_steps: int = 50
+    teacher: str = ""
+    trained_sizes: tuple[tuple[int, int, int], ...] = ()
+    tokenizer_max_length: int = 512
+    train_steps: int = 0
+    weights: str = "raw"
+    framerate: float = 16
+    licence: str = "apache-2.0"
+    prompt: str = "a cat walks through tall grass"
+    validation_prompts: tuple[str, ...] = ()
+    validation_seed: int | None = None
+    validation_sizes: tuple[tuple[int, int, int], ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tool_version: str = ""
+    note: str = ""
+    hub_repo: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The run's name as a file name."""
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_name).strip("-.") or "student"
+
+    @property
+    def steps(self) -> int:
+        """Forwards of the network per video."""
+        return len(self.schedule.ladder) or self.sampling_steps
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """(width, height, frames) for examples: the first trained size, else Wan's own."""
+        return self.trained_sizes[0] if self.trained_sizes else (832, 480, 81)
+
+    @property
+    def base_is_local(self) -> bool:
+        """A folder rather than a Hub name "owner/name"."""
+        return not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base) or Path(self.base).exists()
+
+    @property
+    def base_name(self) -> str:
+        """The base without the folders of the machine it was trained on."""
+        return Path(self.base).name if self.base_is_local else self.base
+
+    @property
+    def base_size(self) -> str:
+        """ "1.3B", "14B" or "" as the name tells."""
+        found = re.search(r"(1\.3|14)b", self.base_name, re.IGNORECASE)
+        return f"{found[1]}B" if found else ""
+
+
+def decimals(sigma: float) -> str:
+    """A plain decimal: ComfyUI's ManualSigmas reads 1e-3 as two numbers, 1 and -3."""
+    text = f"{sigma:.9f}".rstrip("0")
+    return text + "0" if text.endswith(".") else text
+
+
+def ladder_text(info: ExportInfo) -> str:
+    """ "1000, 757, 522"."""
+    return ", ".join(f"{timestep:.6g}" for timestep in info.schedule.timesteps)

@@ -1,0 +1,195 @@
+"""Loads an export with nothing but stock diffusers and compares what it samples with the sampler of training."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from simpletuner_dmd.flow import NoiseSource, Schedule
+from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key
+from simpletuner_dmd.publish.schedulers import ladder_error
+from simpletuner_dmd.publish.snippets import LORA_FILE
+
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""By the coarser of the precisions that weights are stored in and the base computes in. The stock pipeline rounds the
+latents to the base's precision between steps, which training does not: in bf16 up to 0.4% of each value."""
+
+
+@dataclass(frozen=True)
+class LoadBack:
+    """max_relative_error: largest difference of the latents over their root mean square."""
+
+    max_relative_error: float
+    passed: bool
+    message: str
+
+
+def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, NoiseSource]:
+    """The noise that a stock pipeline draws after `torch.manual_seed(seed)`: (first noise, noise of the rungs).
+
+    One generator, in this order: the first noise, then one draw for each rung that is entered. The global generator is
+    left alone. shape: [B, C, F, H, W] of the latents.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    first = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+    def fresh(rung: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like.device)
+
+    return first, fresh
+
+
+@torch.no_grad()
+def check_export(
+    pipeline: Any,
+    export_dir: Path,
+    *,
+    prompt_embeds: Tensor,
+    shape: Sequence[int],
+    seed: int,
+    reference_latents: Tensor,
+    schedule: Schedule,
+    renoise: str,
+    max_sequence_length: int = 512,
+    tolerance: float | None = None,
+) -> LoadBack:
+    """Whether the exported files, in a stock `WanPipeline` of the base, sample what training's sampler does.
+
+    pipeline: made by the caller from the base, without adapters, in the precision and quantisation of training; VAE and
+    text encoder may be None. It is handed back as it came. prompt_embeds: [B, L, D], padded as in training.
+    reference_latents: `flow.sample_few_step` on `reference_noise(seed, shape, device)`, normalised latents.
+    schedule: of the run; without a ladder in the export (supervised training), the Euler ladder the reference took.
+    tolerance: None takes 1e-4 in fp32 and more where weights are stored, or the base computes, in half precision.
+    """
+    document = json.loads((export_dir / "distill.json").read_text(encoding="utf-8"))
+    if tolerance is None:
+        precisions = (document["weights_dtype"], str(getattr(pipeline.transformer, "dtype", "")).removeprefix("torch."))
+        tolerance = max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in precisions)
+    try:
+        _compare_dialects(export_dir, document)
+        scheduler = exported_scheduler(export_dir, document, schedule, renoise)
+        with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
+            latents = _sample(pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length)
+    except _Unfit as unfit:
+        return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
+    if latents.shape != reference_latents.shape:
+        return LoadBack(float("inf"), False, f"the stock pipeline returns latents of shape {tuple(latents.shape)}, "
+                        f"the sampler of training {tuple(reference_latents.shape)}")  # fmt: skip
+    reference = reference_latents.to(latents.device, torch.float32)
+    scale = reference.square().mean().sqrt().clamp_min(1e-12)
+    error = float((latents.float() - reference).abs().max() / scale)
+    passed = error <= tolerance  # False for NaN
+    verdict = "agree with" if passed else "DIFFER from"
+    return LoadBack(error, passed, f"stock diffusers loaded the export; its latents {verdict} the sampler of training: "
+                    f"largest difference {error:.2g} of their size (allowed {tolerance:g})")  # fmt: skip
+
+
+def exported_scheduler(export_dir: Path, document: dict[str, Any], schedule: Schedule, renoise: str) -> Any:
+    """The scheduler as a user gets it: from `sampler.py` where the ladder needs it, else from the saved config."""
+    if not document["ladder"]["sigmas"]:
+        # A supervised export ships a solver for many steps; a few Euler steps of its grid test the weights as well.
+        return diffusers.FlowMapEulerDiscreteScheduler(shift=schedule.shift)
+    if document["scheduler"]["needs_sampler_file"]:
+        scheduler = _load_sampler(export_dir / "sampler.py").few_step_scheduler()
+    else:
+        folder = export_dir / "diffusers" / "scheduler"
+        config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+        scheduler = getattr(diffusers, config["_class_name"]).from_pretrained(folder)
+    if (error := ladder_error(scheduler, schedule.ladder)) > 1e-5:
+        raise _Unfit(f"the exported scheduler's sigmas are off by {error:.3g}")
+    if len(schedule.ladder) > 1 and bool(getattr(scheduler.config, "stochastic_sampling", False)) != (renoise == "sde"):
+        raise _Unfit(f"the exported scheduler does not sample as renoise {renoise!r} does")
+    return scheduler
+
+
+class _Unfit(Exception):  # noqa: N818 - a verdict on the export, not an error of the program
+    """The export cannot be used; the text says why."""
+
+
+def _sample(
+    pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int
+) -> Tensor:
+    """A user's call: `torch.manual_seed`, then the pipeline draws all noise itself. Returns normalised latents."""
+    _, _, frames, height, width = shape
+    spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
+    device = pipeline._execution_device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        # With output_type "latent" the pipeline returns the latents it denoised, before it un-normalises them.
+        return pipeline(
+            prompt_embeds=prompt_embeds.to(device), height=height * spatial, width=width * spatial,
+            num_frames=(frames - 1) * temporal + 1, num_inference_steps=steps, guidance_scale=1.0,
+            max_sequence_length=max_sequence_length, output_type="latent", return_dict=False,
+        )[0]  # fmt: skip
+
+
+@contextmanager
+def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Iterator[None]:
+    """The exported weights in the pipeline, and out of it again."""
+    folder = export_dir / "diffusers"
+    if document["model_type"] == "full":
+        former = pipeline.transformer
+        dtype = former.dtype if former is not None else torch.float32
+        student = diffusers.WanTransformer3DModel.from_pretrained(folder / "transformer", dtype=dtype)
+        student = student.to(pipeline._execution_device).eval()
+        with _swapped(pipeline, "transformer", student):
+            yield
+        return
+    file = export_dir / document["adapter"]["files"][0]
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="load_back")
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _Unfit(f"diffusers refuses {file.name}: {error}") from error
+    try:
+        # Keys that diffusers does not know are only a log line; then no adapter is active.
+        if "load_back" not in pipeline.get_active_adapters():
+            raise _Unfit(f"diffusers found no adapter in {file.name}")
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
+    former = getattr(pipeline, name)
+    setattr(pipeline, name, component)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, former)
+
+
+def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
+    """The ComfyUI file holds the same factors under its names, so the same delta weights; and no alpha."""
+    files = [export_dir / name for name in (document["adapter"] or {}).get("files", [])]
+    for file in files:
+        if not file.exists():
+            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
+    if len(files) < 2:
+        return
+    ours, theirs = load_file(files[0]), load_file(files[1])
+    expected = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): key for key in ours}
+    if expected.keys() != theirs.keys():
+        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as {LORA_FILE}")
+    for name, key in expected.items():
+        if not torch.equal(theirs[name], ours[key]):
+            raise _Unfit(f"comfyui/{files[1].name} differs from {LORA_FILE} at {name}")
+
+
+def _load_sampler(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("exported_sampler", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

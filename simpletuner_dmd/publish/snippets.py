@@ -1,0 +1,100 @@
+"""The Python that a user of the student runs: sampler.py, and the few lines on the card."""
+
+from __future__ import annotations
+
+import json
+
+from simpletuner_dmd.publish.info import ExportInfo, ladder_text
+from simpletuner_dmd.publish.schedulers import SchedulerChoice
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_SAMPLER = '''\
+"""The exact {steps}-step sampler of {name} on stock diffusers. Run: python sampler.py "a prompt" video.mp4 [base]"""
+import sys
+from pathlib import Path
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline{imports}
+from diffusers.utils import export_to_video
+
+SIGMAS = [{sigmas}]  # timesteps {ladder}; already shifted
+
+class Ladder(FlowMatchEulerDiscreteScheduler):
+    def set_timesteps(self, num_inference_steps=None, device=None, **_):
+        super().set_timesteps(sigmas=SIGMAS, device=device)
+
+def few_step_scheduler():
+    return Ladder(shift=1.0, stochastic_sampling={stochastic})  # {meaning}
+
+if __name__ == "__main__":
+    export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
+{load}
+    pipe.scheduler = few_step_scheduler()
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(42)  # the first noise and the re-noising
+    video = pipe(sys.argv[1], width={width}, height={height}, num_frames={frames}, num_inference_steps={steps},
+                 guidance_scale=1.0, max_sequence_length={length}).frames[0]
+    export_to_video(video, sys.argv[2], fps={fps:g})
+'''
+
+
+def sampler_file(info: ExportInfo) -> str:
+    """sampler.py, at most 30 lines: the ladder as sigmas inside a scheduler, so that no config has to express it."""
+    if info.model_type == "full":
+        load = ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
+                "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
+    else:
+        load = ("    pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
+                f'    pipe.load_lora_weights(export, weight_name="{LORA_FILE}")')  # fmt: skip
+    width, height, frames = info.size
+    return _SAMPLER.format(
+        name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
+        ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name), load=load,
+        meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
+        imports=", WanTransformer3DModel" if info.model_type == "full" else "",
+        width=width, height=height, frames=frames, length=info.tokenizer_max_length, fps=info.framerate,
+    )  # fmt: skip
+
+
+def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
+    """The lines to copy. They read a Hub repository and a local export folder alike."""
+    scheduler = type(choice.scheduler).__name__
+    names = ["WanPipeline"] if choice.needs_sampler_file else [scheduler, "WanPipeline"]
+    names += ["WanTransformer3DModel"] if info.model_type == "full" else []
+    width, height, frames = info.size
+    guidance = 1.0 if info.schedule.ladder else info.guidance
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(names)}",
+        "from diffusers.utils import export_to_video",
+        *(["from sampler import few_step_scheduler  # sampler.py of this repository"]
+          if choice.needs_sampler_file else []),
+        "",
+        f"source = {json.dumps(info.hub_repo or 'path/to/export')}  # a Hub repository or the export folder",
+        f"base = {json.dumps(info.base_name)}",
+    ]  # fmt: skip
+    if info.model_type == "full":
+        lines += [
+            'student = WanTransformer3DModel.from_pretrained(source, subfolder="diffusers/transformer",',
+            "                                                dtype=torch.bfloat16)",
+            "pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)",
+        ]
+    else:
+        lines += [
+            "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+            f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}")',
+            "assert pipe.get_active_adapters()  # a file that does not fit loads without an error",
+        ]
+    lines += [
+        "pipe.scheduler = few_step_scheduler()" if choice.needs_sampler_file else
+        f'pipe.scheduler = {scheduler}.from_pretrained(source, subfolder="diffusers/scheduler")',
+        'pipe.to("cuda")',
+        "torch.manual_seed(42)  # also the noise between the steps, which `generator=` does not reach"
+        if choice.name == "lcm" else "torch.manual_seed(42)",
+        f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "
+        f"num_frames={frames},",
+        f"             num_inference_steps={info.steps}, guidance_scale={guidance},"
+        f" max_sequence_length={info.tokenizer_max_length}).frames[0]",
+        f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"

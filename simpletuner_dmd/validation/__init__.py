@@ -1,0 +1,1 @@
+"""What a run looks like while it trains: sampling, rendering, the report."""
