@@ -77,7 +77,7 @@ def train_transformer(
         for turn in method.turns(step):
             for loss in turn.losses(micro_batch, RandomStream(seed, step, micro_batch.positions)):
                 loss.value.backward()
-                losses.append(float(loss.value))
+                losses.append(float(loss.value.detach()))
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % log_every == 0:
