@@ -142,18 +142,18 @@ def bucket_aspect(width: int, height: int, rules: SizeRules, name: str) -> float
 def crop_plan(width: int, height: int, rules: SizeRules, name: str) -> CropPlan:
     """How a width x height source reaches its bucket. The picture is never stretched by more than rounding.
 
-    With `crop`, a source larger than maximum_image_size is first brought to target_downsample_size and then cut, so
-    the cut shows less of the scene at more detail; else the resize just covers the bucket.
+    With `crop`, a source larger than maximum_image_size is first brought to target_downsample_size (default: that
+    maximum) and then cut, so the cut shows less of the scene at more detail; else the resize just covers the bucket.
     """
     target_width, target_height = target_size(bucket_aspect(width, height, rules, name), rules)
     factor = max(target_width / width, target_height / height)
     if (
         rules.crop
         and rules.maximum_image_size
-        and rules.target_downsample_size
         and size_in(width, height, rules.resolution_type) > rules.maximum_image_size
     ):
-        wanted_width, _ = scaled(width / height, rules.target_downsample_size, rules.resolution_type)
+        reduced = rules.target_downsample_size or rules.maximum_image_size
+        wanted_width, _ = scaled(width / height, reduced, rules.resolution_type)
         factor = max(factor, min(1.0, wanted_width / width))
     resize_width = max(target_width, math.floor(width * factor + 0.5))
     resize_height = max(target_height, math.floor(height * factor + 0.5))

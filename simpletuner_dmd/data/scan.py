@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import Problem, UserError
+from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.buckets import CropPlan, LatentGeometry, crop_plan, frames_at, size_in
 from simpletuner_dmd.data.settings import DatasetSettings, resolve
 from simpletuner_dmd.data.video import UnusableFile, VideoInfo, check_reaches, probe
@@ -67,7 +68,7 @@ class Rejected:
 class DatasetScan:
     """What a dataset holds. buckets: "WIDTHxHEIGHTxFRAMES" -> samples; notices: what a person should know."""
 
-    entry: Any
+    entry: DatasetEntry
     settings: DatasetSettings
     usable: list[VideoSample] | list[PromptSample]
     rejected: list[Rejected]
@@ -85,12 +86,12 @@ class DatasetScan:
 
 
 def scan_all(
-    datasets: Sequence[Any], config: Any, *, geometry: LatentGeometry = WAN, quarantine: bool = False
+    datasets: Sequence[DatasetEntry], config: TrainConfig, *, geometry: LatentGeometry = WAN, quarantine: bool = False
 ) -> list[DatasetScan]:
     """Scans every enabled dataset that holds samples. Raises UserError with the problems of all of them at once."""
     scans, problems = [], []
     for entry in datasets:
-        if getattr(entry, "disabled", False) or entry.dataset_type == "text_embeds":
+        if entry.disabled or not entry.is_training_data:
             continue
         try:
             scans.append(scan(entry, config, geometry=geometry, quarantine=quarantine))
@@ -99,7 +100,7 @@ def scan_all(
     if not scans and not problems:
         problems = [
             Problem(
-                str(getattr(config, "data_backend_config", "") or "multidatabackend.json"),
+                str(config.data_backend_config or "multidatabackend.json"),
                 "",
                 "no dataset is enabled that holds videos or prompts",
                 'add an entry with "dataset_type": "video" or "prompts"',
@@ -110,16 +111,18 @@ def scan_all(
     return scans
 
 
-def scan(entry: Any, config: Any, *, geometry: LatentGeometry = WAN, quarantine: bool = False) -> DatasetScan:
+def scan(
+    entry: DatasetEntry, config: TrainConfig, *, geometry: LatentGeometry = WAN, quarantine: bool = False
+) -> DatasetScan:
     """Lists a dataset (see DatasetScan); changes nothing on disk unless `quarantine`.
 
     quarantine: move files that cannot be decoded into a `rejected` folder beside them, each with its reason; nothing
     is deleted. Raises UserError when the folder is missing, empty, or has no usable sample.
     """
     settings = resolve(entry, config, geometry)
-    source = str(getattr(config, "data_backend_config", "") or "multidatabackend.json")
+    source = str(config.data_backend_config or "multidatabackend.json")
     key = f"{settings.id}.instance_data_dir"
-    if not getattr(entry, "instance_data_dir", None):
+    if not entry.instance_data_dir:
         raise UserError("no folder is given", file=source, key=key, fix="set it to the folder that holds the files")
     if not settings.folder.exists():
         raise UserError(f"{settings.folder} does not exist", file=source, key=key,
@@ -191,9 +194,10 @@ def list_files(folder: Path, skip: Sequence[Path] = ()) -> list[Path]:
 # --- videos -----------------------------------------------------------------------------------------------------------
 
 
-def _scan_videos(entry: Any, settings: DatasetSettings, config: Any, geometry: LatentGeometry) -> DatasetScan:
-    caches = [settings.vae_cache, *(Path(folder) for name in ("cache_dir_text", "cache_dir_vae", "output_dir")
-                                    if (folder := getattr(config, name, None)))]  # fmt: skip
+def _scan_videos(
+    entry: DatasetEntry, settings: DatasetSettings, config: TrainConfig, geometry: LatentGeometry
+) -> DatasetScan:
+    caches = [settings.vae_cache, Path(config.cache_dir_text), Path(config.cache_dir_vae), Path(config.output_dir)]
     skip = [cache for cache in caches if cache.resolve() != settings.folder.resolve()]
     paths = [path for path in list_files(settings.folder, skip) if path.suffix.lower() != ".txt"]
 
@@ -251,15 +255,14 @@ def _usable_frames(path: Path, info: VideoInfo, settings: DatasetSettings) -> in
 def _captions(path: Path, settings: DatasetSettings) -> tuple[str, ...]:
     if settings.caption_strategy == "instanceprompt":
         if not settings.instance_prompt:
-            raise UnusableFile(path, "no caption: caption_strategy is instanceprompt and instance_prompt is empty", False)
+            raise UnusableFile(
+                path, "no caption: caption_strategy is instanceprompt and instance_prompt is empty", False
+            )
         return (settings.instance_prompt,)
     if settings.caption_strategy == "filename":
         captions = [path.stem.replace("_", " ").strip()]
-    elif settings.caption_strategy == "textfile":
-        captions = _captions_beside(path)
     else:
-        raise UserError(f"caption_strategy {settings.caption_strategy!r} is not one of textfile, filename, instanceprompt",
-                        key=f"{settings.id}.caption_strategy")  # fmt: skip
+        captions = _captions_beside(path)
     if settings.prepend_instance_prompt and settings.instance_prompt:
         captions = [f"{settings.instance_prompt} {caption}" for caption in captions]
     return tuple(captions)
@@ -289,8 +292,8 @@ def _video_notices(usable: Sequence[VideoSample]) -> list[str]:
     enlarged = [s for s in usable if s.crop.resize_width > s.info.width or s.crop.resize_height > s.info.height]
     if enlarged:
         notices.append(
-            f"{len(enlarged)} videos are smaller than their bucket and are enlarged, for example {enlarged[0].path.name} "
-            f"({enlarged[0].info.width}x{enlarged[0].info.height}); minimum_image_size leaves such videos out"
+            f"{len(enlarged)} videos are smaller than their bucket and are enlarged, for example "
+            f"{enlarged[0].path.name} ({enlarged[0].info.width}x{enlarged[0].info.height}); minimum_image_size leaves such videos out"
         )
     slow = [sample for sample in usable if sample.info.fps < 12]
     if slow:
@@ -304,13 +307,10 @@ def _video_notices(usable: Sequence[VideoSample]) -> list[str]:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def _scan_prompts(entry: Any, settings: DatasetSettings) -> DatasetScan:
+def _scan_prompts(entry: DatasetEntry, settings: DatasetSettings) -> DatasetScan:
     rules = settings.sizes
-    if isinstance(rules.resolution, tuple):
-        source = rules.resolution
-    else:  # one number gives no aspect; Wan's own is used
-        source = (832, 480)
-    crop = crop_plan(*source, rules, settings.id)
+    assert isinstance(rules.resolution, tuple), "the settings of prompts name width and height"
+    crop = crop_plan(*rules.resolution, rules, settings.id)
     usable: list[PromptSample] = []
     rejected: list[Rejected] = []
     for path in list_files(settings.folder):
@@ -323,10 +323,11 @@ def _scan_prompts(entry: Any, settings: DatasetSettings) -> DatasetScan:
         if settings.prepend_instance_prompt and settings.instance_prompt:
             prompts = [f"{settings.instance_prompt} {prompt}" for prompt in prompts]
         usable += [
-            PromptSample(settings.id, path, (prompt,), crop.width, crop.height, settings.num_frames) for prompt in prompts
+            PromptSample(settings.id, path, (prompt,), crop.width, crop.height, settings.num_frames)
+            for prompt in prompts
         ]
     result = DatasetScan(entry, settings, usable, rejected)
-    if isinstance(rules.resolution, tuple) and rules.resolution != (crop.width, crop.height):
+    if rules.resolution != (crop.width, crop.height):
         result.notices.append(
             f"resolution {rules.resolution[0]}x{rules.resolution[1]} becomes {crop.width}x{crop.height}, "
             f"multiples of {rules.multiple}"

@@ -31,7 +31,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 MEMO_NAME = "hashes.json"
 
 
-class DamagedEntry(ValueError):
+class DamagedEntryError(ValueError):
     """A cache entry whose bytes are not what was written."""
 
 
@@ -61,22 +61,22 @@ def encode_tensor(tensor: Tensor, note: Mapping[str, str], compress: bool) -> by
 
 
 def decode_tensor(data: bytes) -> tuple[Tensor, dict[str, str]]:
-    """(tensor, note) of `encode_tensor`'s bytes. Raises DamagedEntry unless they are exactly what was written."""
+    """(tensor, note) of `encode_tensor`'s bytes. Raises DamagedEntryError unless they are exactly what was written."""
     if data[:4] == ZSTD_MAGIC:
         import zstandard
 
         try:
             data = zstandard.ZstdDecompressor().decompress(data)
         except zstandard.ZstdError as error:
-            raise DamagedEntry(f"cannot be decompressed ({error})") from error
+            raise DamagedEntryError(f"cannot be decompressed ({error})") from error
     try:
         (length,) = struct.unpack("<Q", data[:8])
         note = dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
         tensor = load_bytes(data)["tensor"]
     except (struct.error, ValueError, KeyError, AttributeError, SafetensorError, OverflowError) as error:
-        raise DamagedEntry(f"is not a whole safetensors file ({error})") from error
+        raise DamagedEntryError(f"is not a whole safetensors file ({error})") from error
     if note.pop("blake2b", None) != _tensor_hash(tensor):
-        raise DamagedEntry("does not match its own checksum")
+        raise DamagedEntryError("does not match its own checksum")
     return tensor, note
 
 
@@ -121,7 +121,7 @@ class LatentStore:
             return True
         try:
             decode_tensor(path.read_bytes())
-        except DamagedEntry:
+        except DamagedEntryError:
             path.unlink(missing_ok=True)
             return self.has(key)
         self._mark_verified(path)
@@ -137,10 +137,10 @@ class LatentStore:
         """[C, F, H, W] in the stored precision. Raises UserError for an entry that vanished or rotted."""
         path = self._existing(key)
         if path is None:
-            raise damaged(self._path(key, self.compress), DamagedEntry("is gone"))
+            raise damaged(self._path(key, self.compress), DamagedEntryError("is gone"))
         try:
             return decode_tensor(path.read_bytes())[0]
-        except DamagedEntry as error:
+        except DamagedEntryError as error:
             path.unlink(missing_ok=True)
             raise damaged(path, error) from error
 
@@ -221,16 +221,16 @@ class TextStore:
         self._where.update(entries)
 
     def load(self, key: str) -> Tensor:
-        """[L, D] in the stored precision. Raises UserError for an entry that vanished or rotted, KeyError if unknown."""
+        """[L, D] in the stored precision. Raises UserError for an entry that vanished or rotted."""
         pack, offset, size, check = self._where[key]
         try:
             with pack.open("rb") as file:
                 file.seek(offset)
                 blob = file.read(size)
             if digest(blob) != check:
-                raise DamagedEntry("does not match its own checksum")
+                raise DamagedEntryError("does not match its own checksum")
             return decode_tensor(blob)[0]
-        except (OSError, DamagedEntry) as error:
+        except (OSError, DamagedEntryError) as error:
             self.memo.forget(pack)
             self.memo.save()
             raise damaged(pack, error) from error

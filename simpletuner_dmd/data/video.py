@@ -187,10 +187,8 @@ def check_reaches(path: Path, seconds: float) -> None:
         length = _duration(container, stream)
     complete = length is not None and _last_packet_shows_until(path) >= length - 2 * frame_time
     if not complete:
-        raise UnusableFile(
-            path,
-            f"the file is cut off: its pictures end after {max(0.0, reached - start):.2f} s, {seconds:.2f} s are needed",
-        )
+        end = max(0.0, reached - start)
+        raise UnusableFile(path, f"the file is cut off: its pictures end after {end:.2f} s, {seconds:.2f} s are needed")
 
 
 def _last_packet_shows_until(path: Path) -> float:
