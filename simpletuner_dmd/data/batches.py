@@ -30,7 +30,7 @@ from simpletuner_dmd.randomness import derive_seed, permutation
 CACHE_BYTES = 1 << 30
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """captions: one is drawn per epoch. latent_key: its entry in the dataset's latent store, if latents are used."""
 
@@ -79,6 +79,13 @@ class TensorCache:
                 self._bytes -= self._held.popitem(last=False)[1].nbytes
 
 
+def _share(group: Group, kept: Sequence[Group], global_batch: int) -> int:
+    """Global batches that `group` gives per epoch: all of them for the dataset of the highest probability, in
+    proportion for the others. Which ones changes with the epoch, so every sample has its turn."""
+    highest = max(other.probability for other in kept)
+    return max(1, math.ceil(group.passes / global_batch * group.probability / highest - 1e-9))
+
+
 @dataclass
 class PreparedData:
     """The data of a run: cached, planned, ready. Build it with `prepare`.
@@ -116,7 +123,8 @@ class PreparedData:
 
     def steps_per_epoch(self, global_batch: int) -> int:
         """Global batches until every sample was seen."""
-        return sum(self._share(group, global_batch) for group in self.kept(global_batch))
+        kept = self.kept(global_batch)
+        return sum(_share(group, kept, global_batch) for group in kept)
 
     def micro_batch(
         self, step: int, micro: int, rank: int, *, micro_batch_size: int, accumulation: int, world: int
@@ -163,12 +171,6 @@ class PreparedData:
             return weighted
         return [group for group in weighted if group.passes >= global_batch] or weighted
 
-    def _share(self, group: Group, global_batch: int) -> int:
-        """Global batches that the group gives per epoch: all of them for the dataset of the highest probability, in
-        proportion for the others. Which ones changes with the epoch, so every sample has its turn."""
-        highest = max(other.probability for other in self.groups)
-        return max(1, math.ceil(group.passes / global_batch * group.probability / highest - 1e-9))
-
     def _plan_epoch(self, epoch: int, global_batch: int) -> list[tuple[int, list[int]]]:
         """The epoch's global batches in order: (index of the group, indices of its samples)."""
         kept = self.kept(global_batch)
@@ -177,7 +179,7 @@ class PreparedData:
             if group not in kept:
                 continue
             order = permutation(group.passes, self.seed, "order", epoch, group.dataset, group.bucket)
-            for part in range(self._share(group, global_batch)):
+            for part in range(_share(group, kept, global_batch)):
                 # Positions beyond the last entry wrap around to the start, several times in a tiny bucket.
                 places = range(part * global_batch, (part + 1) * global_batch)
                 batches.append((number, [order[place % group.passes] % len(group.samples) for place in places]))
@@ -255,10 +257,8 @@ class PreparedData:
             found += [f"{scan.settings.id}: left out {item.path}: {item.reason}" for item in scan.rejected]
             found += [f"{scan.settings.id}: {notice}" for notice in scan.notices]
         kept = self.kept(self.global_batch)
-        for group in self.groups:
-            if group.probability == 0:
-                found.append(f"{group.dataset}: probability 0 switches it off")
-                break
+        off = sorted({group.dataset for group in self.groups if group.probability == 0})
+        found += [f"{dataset}: probability 0 switches it off" for dataset in off]
         for group in self.groups:
             if group.probability == 0 or group.passes >= self.global_batch:
                 continue

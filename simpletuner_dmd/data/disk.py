@@ -24,7 +24,7 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UserError(f"the disk is full: {path} could not be written", fix=(
                 "free some space, or move the cache (cache_dir_vae, cache_dir_text, or the dataset's own); what is "
                 "cached so far is kept, and the same command goes on from there")) from error  # fmt: skip
@@ -124,7 +124,9 @@ class HashMemo:
 
     def remember(self, path: Path, content: str) -> None:
         """Notes what is known of the file as it is now. Raises OSError."""
-        status = path.stat()
+        self._note(path, path.stat(), content)
+
+    def _note(self, path: Path, status: os.stat_result, content: str) -> None:
         self._known[str(path.absolute())] = [status.st_size, status.st_mtime_ns, content]
         self._changed += 1
         if self._changed >= 256:  # a kill must not cost what was learnt of thousands of large files
@@ -138,8 +140,9 @@ class HashMemo:
         """The hash of the file's bytes, taken only if the file changed. Raises OSError."""
         if self.known(path):
             return str(self._known[str(path.absolute())][2])
+        status = path.stat()  # before reading: a file that changes meanwhile is hashed again next time
         content = hash_file(path)
-        self.remember(path, content)
+        self._note(path, status, content)
         return content
 
     def save(self) -> None:

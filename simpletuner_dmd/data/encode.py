@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.scan import Rejected, VideoSample

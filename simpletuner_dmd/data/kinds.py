@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 # (offset, bytes, words)
@@ -53,11 +54,10 @@ def kind_of_file(path: Path) -> str:
         start = head.lstrip().lower()
         if start.startswith((b"<!doctype html", b"<html")):
             return "a web page (a download that failed often looks like this)"
+        # An incremental decoder forgives the character that the cut at 4096 bytes splits.
         try:
-            # The cut at 4096 bytes may split one character.
-            head.decode("utf-8") if len(head) < 4096 else head[:-3].decode("utf-8", errors="strict")
+            codecs.getincrementaldecoder("utf-8")().decode(head)
         except UnicodeDecodeError:
-            pass
-        else:
-            return "text"
+            return "of an unknown kind"
+        return "text"
     return "of an unknown kind"

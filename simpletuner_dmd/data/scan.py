@@ -23,7 +23,7 @@ WAN = LatentGeometry()
 UNITS = {"pixel": "pixels on the shorter edge", "pixel_area": "pixels (square root of the area)", "area": "megapixels"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoSample:
     """A video that can be used. captions: one of them is drawn per epoch (a caption file has one per line)."""
 
@@ -39,7 +39,7 @@ class VideoSample:
         return f"{self.crop.width}x{self.crop.height}x{self.frames}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PromptSample:
     """A prompt with the size of the video to be made of it."""
 
@@ -240,7 +240,7 @@ def _look_at(path: Path, settings: DatasetSettings, geometry: LatentGeometry) ->
 def _usable_frames(path: Path, info: VideoInfo, settings: DatasetSettings) -> int:
     """Frames to take from the video, before rounding. Raises UnusableFile when it is too short or too long."""
     available = frames_at(info.seconds, settings.framerate, settings.frame_interval)
-    every = "" if settings.frame_interval == 1 else f", every {settings.frame_interval}th of them"
+    every = "" if settings.frame_interval == 1 else f", one in {settings.frame_interval} taken"
     length = (
         f"{info.seconds:.2f} s ({info.frames} frames at {info.fps:.4g} per second) give {available} frames "
         f"at {settings.framerate:g} per second{every}"
@@ -291,9 +291,10 @@ def _video_notices(usable: Sequence[VideoSample]) -> list[str]:
         notices.append(f"{several} caption files have several lines: each line is a caption, one is drawn per epoch")
     enlarged = [s for s in usable if s.crop.resize_width > s.info.width or s.crop.resize_height > s.info.height]
     if enlarged:
+        example = f"{enlarged[0].path.name} ({enlarged[0].info.width}x{enlarged[0].info.height})"
         notices.append(
-            f"{len(enlarged)} videos are smaller than their bucket and are enlarged, for example "
-            f"{enlarged[0].path.name} ({enlarged[0].info.width}x{enlarged[0].info.height}); minimum_image_size leaves such videos out"
+            f"{len(enlarged)} videos are smaller than their bucket and are enlarged, for example {example}; "
+            "minimum_image_size leaves such videos out"
         )
     slow = [sample for sample in usable if sample.info.fps < 12]
     if slow:

@@ -233,13 +233,15 @@ def read_clip(
 def _timed_frames(path: Path, container: Any, stream: Any, start: float) -> Iterator[tuple[float, Any]]:
     """(seconds from the first picture, frame), from the key picture before `start`."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    origin: float | None = _start(stream) if start > 0 else None
-    if start > 0:
+    # AVI stores no display times, and what libav makes up goes wrong with B-frames; its rate is constant by definition.
+    counted = container.format.name == "avi"
+    origin: float | None = _start(stream) if start > 0 and not counted else None
+    if start > 0 and not counted:
         _seek(container, stream, start)
     for index, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:
             raise UnusableFile(path, f"the picture at {frame.time or index / rate:.2f} s is damaged")
-        time = frame.time if frame.time is not None else index / rate
+        time = index / rate if counted or frame.time is None else frame.time
         origin = time if origin is None else origin
         yield time - origin, frame
 
