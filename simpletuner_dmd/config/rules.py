@@ -155,5 +155,3 @@ def _dmd_notices(config: TrainConfig) -> list[str]:
             "the critic may not be able to follow the student."
         )
     return found
-
-

@@ -148,18 +148,17 @@ VIDEO_ABSENT_KEYS: dict[str, Absent] = {
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": frozenset("lcm dcm self_forcing diffusion_forcing ode_init".split()),
+    "distillation_method": frozenset(["lcm", "dcm", "self_forcing", "diffusion_forcing", "ode_init"]),
     "lora_type": frozenset({"lycoris"}),
     "optimizer": frozenset(
-        "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
-        "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged".split()
+        ["torch-muon", "prodigy", "adafactor", "ao-adamw8bit", "ao-adamw4bit", "bnb-adamw", "bnb-adamw8bit", "bnb-adamw-paged", "bnb-adamw8bit-paged", "bnb-lion", "bnb-lion8bit", "bnb-lion-paged", "bnb-lion8bit-paged"]
     ),
-    "base_model_precision": frozenset("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb".split()),
-    "text_encoder_1_precision": frozenset("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb".split()),
+    "base_model_precision": frozenset(["int2-quanto", "int8-torchao", "fp8-torchao", "nf4-bnb", "int8-bnb"]),
+    "text_encoder_1_precision": frozenset(["int2-quanto", "int8-torchao", "fp8-torchao", "nf4-bnb", "int8-bnb"]),
     "model_flavour": frozenset({"i2v-14b-2.1", "i2v-14b-2.1-720p"}),
-    "lora_init_type": frozenset("loftq olora pissa".split()),
+    "lora_init_type": frozenset(["loftq", "olora", "pissa"]),
     "type": frozenset({"huggingface", "csv", "aws"}),
     "dataset_type": frozenset({"image"}),
-    "caption_strategy": frozenset("csv parquet jsonl".split()),
-    "metadata_backend": frozenset("csv parquet json huggingface".split()),
+    "caption_strategy": frozenset(["csv", "parquet", "jsonl"]),
+    "metadata_backend": frozenset(["csv", "parquet", "json", "huggingface"]),
 }
