@@ -35,7 +35,7 @@ class Datasets:
 
 
 def read_entries(content: Any, file: str) -> Datasets:
-    """Types and checks every entry; a bare object stands for a list of one. Nothing is raised: problems are collected."""
+    """Types and checks every entry; a bare object is a list of one. Problems are collected, nothing is raised."""
     found = Datasets()
     if isinstance(content, dict):
         found.notices.append(f"{file} holds one dataset without the list around it; read as a list of one.")
@@ -56,8 +56,8 @@ def read_entries(content: Any, file: str) -> Datasets:
             found.entries.append(entry)
         elif found.text_embeds is not None:
             found.problems.append(
-                Problem(file, f"{_name(raw, number)}: dataset_type", "is the second text_embeds entry in use: one cache "
-                        "serves every dataset", 'set "disabled": true on the others')
+                Problem(file, f"{_name(raw, number)}: dataset_type", "is the second text_embeds entry in use: "
+                        "one cache serves every dataset", 'set "disabled": true on the others')
             )  # fmt: skip
         else:
             found.text_embeds = entry

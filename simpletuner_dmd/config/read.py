@@ -9,7 +9,7 @@ from typing import Any
 from simpletuner_dmd.config.errors import UserError
 
 
-class _WrittenTwice(ValueError):
+class _WrittenTwiceError(ValueError):
     pass
 
 
@@ -17,7 +17,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise _WrittenTwice(key)
+            raise _WrittenTwiceError(key)
     return dict(pairs)
 
 
@@ -41,7 +41,7 @@ def parse_json(text: str, name: str, key: str = "") -> Any:
             key=key,
             fix=fix,
         ) from error
-    except _WrittenTwice as error:
+    except _WrittenTwiceError as error:
         raise UserError("is written twice in the same object", file=name, key=str(error), fix="keep one") from error
     except RecursionError as error:
         raise UserError("is nested too deeply to be a configuration", file=name, key=key) from error
