@@ -46,7 +46,7 @@ def is_boolean(annotation: Any) -> bool:
 
 
 def to_meaning(value: Any, annotation: Any) -> Any:
-    """A word or number in quotes as the option's type; what does not fit comes back as it is; pydantic will refuse it."""
+    """A word or number in quotes as the option's type; what does not fit comes back as it is, to be refused."""
     types = scalar_types(annotation)
     numeric = bool({int, float} & types)
     if isinstance(value, bool) and numeric and bool not in types:
