@@ -73,7 +73,7 @@ def resolve(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeometry) 
         minimum_image_size=float(first_set("minimum_image_size", entry, config) or 0),
         repeats=entry.repeats,
         probability=entry.probability,
-        vae_cache=_vae_cache(entry, config),
+        vae_cache=Path(entry.cache_dir_vae or Path(config.cache_dir_vae) / entry.id),
     )
 
 
@@ -95,12 +95,6 @@ def _size_rules(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeomet
         maximum_image_size=maximum,
         target_downsample_size=downsample,
     )
-
-
-def _vae_cache(entry: DatasetEntry, config: TrainConfig) -> Path:
-    # A video entry's `cache_dir` is the short form in SimpleTuner's DMD guide.
-    own = entry.cache_dir_vae or entry.cache_dir
-    return Path(own) if own else Path(config.cache_dir_vae) / entry.id
 
 
 def text_cache(entries: Sequence[DatasetEntry], config: TrainConfig) -> tuple[Path, int]:

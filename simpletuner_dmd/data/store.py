@@ -207,8 +207,9 @@ class TextStore:
         if not embeddings:
             return
         blobs = {key: encode_tensor(rows_LD, {}, self.compress) for key, rows_LD in embeddings.items()}
-        # Named by its bytes: a damaged pack with the same prompts is replaced only by an equal, whole one.
-        pack = self.folder / f"{digest(*blobs.values())}.pack"
+        # Named by what it holds: a damaged pack is replaced only by an equal, whole one. The keys count too, because
+        # different prompts may have equal embeddings.
+        pack = self.folder / f"{digest(*blobs, *blobs.values())}.pack"
         entries: dict[str, tuple[Path, int, int, str]] = {}
         offset = 0
         for key, blob in blobs.items():

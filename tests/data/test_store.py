@@ -105,6 +105,13 @@ def test_text_store_keeps_real_rows_only(tmp_path: Path, compress: bool) -> None
     assert size < sum(r.nbytes for r in rows.values()) + 20 * 400, "no padding on disk"
 
 
+def test_equal_embeddings_of_different_prompts_keep_apart(tmp_path: Path) -> None:
+    store = TextStore(tmp_path, compress=False)
+    store.save({"a": torch.ones(2, 4)})
+    store.save({"b": torch.ones(2, 4)})
+    assert {"a", "b"} <= {key for key in "abc" if key in TextStore(tmp_path, compress=False)}
+
+
 def test_a_damaged_pack_loses_only_the_damaged_prompts(tmp_path: Path) -> None:
     rows = {f"key{i}": torch.full((4, 8), float(i)) for i in range(5)}
     store = TextStore(tmp_path, compress=False)
