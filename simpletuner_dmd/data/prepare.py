@@ -34,9 +34,10 @@ def prepare(
 ) -> PreparedData:
     """Scans `datasets`, encodes what the caches lack, and returns the data of the run.
 
-    datasets: the entries to train on, and the text_embeds entry if the text cache is not config.json's. With several
-    processes one prepares first and the others after it; they find everything cached and see the same data. Encoders are called only for what is missing, so they may load their model at the first call. The fingerprints
+    datasets: the entries to train on, and the text_embeds entry if the text cache is not config.json's.
+    Encoders are called only for what is missing, so they may load their model at the first call. The fingerprints
     name everything about the model that changes its output. max_latent_frames: longer latents are cut to this many.
+    With several processes one prepares first and the others after it: they find everything cached, and the same data.
     Raises UserError: nothing usable, disk full, or `needs_latents` with a dataset of prompts.
     """
     scans = scan_all(datasets, config, geometry=latent_geometry, quarantine=config.delete_problematic_images)
