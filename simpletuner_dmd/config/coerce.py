@@ -46,7 +46,7 @@ def is_boolean(annotation: Any) -> bool:
 
 
 def to_meaning(value: Any, annotation: Any) -> Any:
-    """A word or number in quotes as the option's type; what does not fit is returned as it came, for pydantic to refuse."""
+    """A word or number in quotes as the option's type; what does not fit comes back as it is, to be refused."""
     types = scalar_types(annotation)
     numeric = bool({int, float} & types)
     if isinstance(value, bool) and numeric and bool not in types:
@@ -66,7 +66,7 @@ def to_meaning(value: Any, annotation: Any) -> Any:
 
 
 def frame_size(value: Any) -> tuple[int, int]:
-    """"832x480", [832, 480] or 480 (a square) -> (width, height) in pixels."""
+    """ "832x480", [832, 480] or 480 (a square) -> (width, height) in pixels."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+)\s*[xX×]\s*(\d+)\s*", value)):
         width, height = int(match[1]), int(match[2])
     elif isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
@@ -93,7 +93,7 @@ def frame_sizes(value: Any) -> list[tuple[int, int]]:
 
 
 def words(value: Any) -> Any:
-    """"to_q, to_k" or '["to_q", "to_k"]' -> a list of strings; lists pass."""
+    """ "to_q, to_k" or '["to_q", "to_k"]' -> a list of strings; lists pass."""
     if not isinstance(value, str):
         return value
     if value.strip().startswith("["):
@@ -105,7 +105,7 @@ def words(value: Any) -> Any:
 
 
 def numbers(value: Any) -> Any:
-    """"1000,757,522" -> [1000.0, 757.0, 522.0]; lists of numbers (quoted or not) pass."""
+    """ "1000,757,522" -> [1000.0, 757.0, 522.0]; lists of numbers (quoted or not) pass."""
     parts = words(value) if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or any(isinstance(part, bool) for part in parts):
         raise ValueError('must be a list of numbers, for example "1000,757,522"')

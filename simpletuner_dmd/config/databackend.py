@@ -61,7 +61,8 @@ class DatasetEntry(Options):
         None, description="Folder of this dataset's cached latents. Default: one below config.json's `cache_dir_vae`."
     )
     cache_dir: str | None = Field(
-        None, description="`text_embeds`: folder of the cached text embeddings. Default: config.json's `cache_dir_text`."
+        None,
+        description="`text_embeds`: folder of the cached text embeddings. Default: config.json's `cache_dir_text`.",
     )
     caption_strategy: Literal["textfile", "filename", "instanceprompt"] = Field(
         "textfile",
@@ -75,9 +76,11 @@ class DatasetEntry(Options):
     resolution_type: Literal["pixel", "pixel_area", "area"] | None = Field(
         None, description="Unit of the sizes of this entry, as in config.json."
     )
-    crop: bool = Field(True, description="Cuts videos to the shape of `crop_aspect`; false keeps each one's own shape.")
+    crop: bool = Field(
+        False, description="Cuts videos to the shape of `crop_aspect`; false keeps each one's own shape."
+    )
     crop_aspect: Literal["square", "preserve", "random", "closest"] = Field(
-        "preserve", description="Shape that videos are cut to: a square, their own, a random or the nearest bucket."
+        "square", description="Shape that videos are cut to: a square, their own, a random or the nearest bucket."
     )
     crop_style: Annotated[Literal["center", "random", "corner"], BeforeValidator(_crop_style)] = Field(
         "center", description="Which part of the picture is kept."
@@ -88,7 +91,9 @@ class DatasetEntry(Options):
         None, gt=0, description="Size that videos above `maximum_image_size` are reduced to. Default: that size."
     )
     repeats: int = Field(0, ge=0, description="Extra passes over this dataset per epoch.")
-    probability: float = Field(1.0, ge=0, description="Weight of this dataset when several are mixed; 0 switches it off.")
+    probability: float = Field(
+        1.0, ge=0, description="Weight of this dataset when several are mixed; 0 switches it off."
+    )
     metadata_backend: Literal["discovery"] = Field("discovery", description="How files are found: by looking.")
     default: bool = Field(True, description="`text_embeds`: this cache serves every dataset.")
     write_batch_size: int | None = Field(None, ge=1, description="`text_embeds`: embeddings encoded before a write.")

@@ -99,7 +99,8 @@ class DmdConfig(Options):
         description="Another lower end, as a timestep of 0 to 1000; it acts where `ts_schedule` is off.",
     )  # fmt: skip
     ts_schedule: bool = Field(
-        True, description="Compares only at more noise than the student's next step has: the lower end follows the exit."
+        True,
+        description="Compares only at more noise than the student's next step has: the lower end follows the exit.",
     )
     ts_schedule_max: bool = Field(
         False, description="Compares only at less noise than the student's exit step has: the upper end follows it."
@@ -118,7 +119,9 @@ class DmdConfig(Options):
     context_noise: float = Field(
         0.0, ge=0, lt=TIMESTEPS, description="Noise on the finished blocks, as a timestep. Block-wise students only."
     )
-    num_training_frames: int = Field(21, ge=1, description="The most latent frames that a rollout has; 21 is 81 frames.")
+    num_training_frames: int = Field(
+        21, ge=1, description="The most latent frames that a rollout has; 21 is 81 frames."
+    )
 
     def timesteps(self, shift: float) -> tuple[float, ...]:
         """The student's ladder on the shifted scale, 1000 = pure noise. Raises ValueError if it cannot be walked."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: the file it is in ("command line" and "environment" count as files), the key, what is wrong, the fix."""
+    """One mistake: its file ("command line" and "environment" count as files), its key, what is wrong, the fix."""
 
     file: str
     key: str

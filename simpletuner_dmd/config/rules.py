@@ -28,7 +28,8 @@ def cross_problems(config: TrainConfig) -> list[Problem]:
 def _length_problems(config: TrainConfig) -> list[Problem]:
     if config.max_train_steps == 0 and config.num_train_epochs == 0:
         return [
-            Problem("", "max_train_steps", "max_train_steps and num_train_epochs are both 0: the run would have no length",
+            Problem("", "max_train_steps",
+                    "max_train_steps and num_train_epochs are both 0: the run would have no length",
                     "set one of them, for example \"max_train_steps\": 4000")
         ]  # fmt: skip
     if config.max_train_steps and config.num_train_epochs and not config.strict_epoch_limit:
@@ -67,14 +68,14 @@ def _dmd_problems(config: TrainConfig) -> list[Problem]:
     if not dmd.min_timestep_ratio < dmd.max_timestep_ratio:
         problems.append(
             Problem("", where + "min_timestep_ratio",
-                    f"found {dmd.min_timestep_ratio:g}, which is not below max_timestep_ratio {dmd.max_timestep_ratio:g}",
+                    f"found {dmd.min_timestep_ratio:g}, not below max_timestep_ratio {dmd.max_timestep_ratio:g}",
                     "the defaults are 0.02 and 0.98")
         )  # fmt: skip
     elif not dmd.ts_schedule and dmd.min_score_timestep / 1000 >= dmd.max_timestep_ratio:
         problems.append(
             Problem("", where + "min_score_timestep",
-                    f"found {dmd.min_score_timestep:g}, which is not below max_timestep_ratio {dmd.max_timestep_ratio:g} "
-                    "x 1000: no noise level is left",
+                    f"found {dmd.min_score_timestep:g}, not below max_timestep_ratio {dmd.max_timestep_ratio:g} x 1000"
+                    ": no noise level is left",
                     "lower it, for example to 0")
         )  # fmt: skip
     if config.lora_dropout:
@@ -139,8 +140,8 @@ def _dmd_notices(config: TrainConfig) -> list[str]:
         )
     if config.validation_guidance not in (0.0, 1.0):
         found.append(
-            f"validation_guidance {config.validation_guidance:g} doubles the student's cost and saturates: the teacher's "
-            f"guidance {dmd.real_score_guidance_scale:g} is built into a distilled student; 1 is usual."
+            f"validation_guidance {config.validation_guidance:g} doubles the student's cost and saturates: the "
+            f"teacher's guidance {dmd.real_score_guidance_scale:g} is built into a distilled student; 1 is usual."
         )
     if config.global_batch_size < SMALL_BATCH:
         found.append(
@@ -155,5 +156,3 @@ def _dmd_notices(config: TrainConfig) -> list[str]:
             "the critic may not be able to follow the student."
         )
     return found
-
-

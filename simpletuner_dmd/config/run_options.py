@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field
 from simpletuner_dmd.config.coerce import Options, frame_sizes, words
 
 DEMO = "demo"
-"""As `pretrained_model_name_or_path` or `instance_data_dir`: the tiny Wan, or the videos, that come with the package."""
+"""As `pretrained_model_name_or_path` or `instance_data_dir`: the tiny Wan, or the videos, that the package has."""
 
 ModelFlavour = Literal[
     "t2v-480p-1.3b-2.1", "t2v-480p-14b-2.1", "t2v-14b-2.2-high", "t2v-14b-2.2-low", "ti2v-5b-2.2"
@@ -79,13 +79,13 @@ class DataOptions(Options):
 
     data_backend_config: str | None = Field(
         None,
-        description="Path of the file that lists the datasets. Default: `multidatabackend.json` beside the config file.",
+        description="The file that lists the datasets. Default: `multidatabackend.json` beside the config file.",
     )
     caption_dropout_probability: float = Field(
         default_factory=lambda data: 0.0 if data.get("distillation_method") else 0.1,
         ge=0, le=1,
-        description="Share of samples whose caption is replaced by the negative prompt: in supervised losses and on the "
-        "critic's turn. The student's turn never drops. Default: 0.1 for fine-tuning, 0 for distillation.",
+        description="Share of samples whose caption is replaced by the negative prompt: in supervised losses and on "
+        "the critic's turn. The student's turn never drops. Default: 0.1 for fine-tuning, 0 for distillation.",
     )  # fmt: skip
     resolution: float = Field(
         480, gt=0,
@@ -132,7 +132,7 @@ class ValidationOptions(Options):
     validation_prompt: str | None = Field(None, description="A prompt to render at every validation.")
     validation_prompt_library: str | bool = Field(
         False,
-        description="More prompts to render: a JSON file of `{short name: prompt}`. `true` renders a small built-in set.",
+        description="More prompts to render: a JSON file of `{short name: prompt}`; `true` is a small built-in set.",
     )
     validation_negative_prompt: str = Field(
         "", description="The negative prompt wherever guidance is on; also the teacher's, unless it has its own."
@@ -148,7 +148,7 @@ class ValidationOptions(Options):
     )
     validation_resolution: Annotated[list[tuple[int, int]], BeforeValidator(frame_sizes)] = Field(
         default_factory=lambda data: frame_sizes(native_size(data.get("model_flavour", ""))),
-        description='Size of the validation videos, "832x480", or a list of sizes. Default: the flavour\'s native size.',
+        description='Size of the validation videos, "832x480", or a list. Default: the flavour\'s native size.',
     )
     validation_seed: int = Field(42, ge=0, description="Seed of the validation videos: the same noise every time.")
     validation_step_interval: int = Field(100, ge=1, description="A validation every so many steps.")

@@ -99,6 +99,11 @@ class TrainConfig(
         return self.distillation_config.timesteps(self.flow_schedule_shift or 1.0)
 
     @property
+    def dmd_frames_cap(self) -> int | None:
+        """The most video frames that a rollout has; None without distillation."""
+        return None if self.distillation_config is None else 4 * (self.dmd.num_training_frames - 1) + 1
+
+    @property
     def global_batch_size(self) -> int:
         """Samples per step, over processes and micro-batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes

@@ -15,7 +15,7 @@ NOT_YET = "not available yet in this version"
 
 @dataclass(frozen=True)
 class Absent:
-    """`use`: what to do instead. `off`: values at which the key does nothing. `harmless`: no value changes the training."""
+    """`use`: what to do instead. `off`: values at which it does nothing. `harmless`: no value changes the training."""
 
     use: str
     off: tuple[Any, ...] = OFF
@@ -27,8 +27,12 @@ class Absent:
         return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in self.off) or value == []
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def _each(names: str, absent: Absent) -> dict[str, Absent]:
-    return {name: absent for name in names.split()}
+    return dict.fromkeys(_words(names), absent)
 
 
 LATER = Absent(f"{NOT_YET}; leave it out")
@@ -77,8 +81,9 @@ ABSENT_KEYS: dict[str, Absent] = {
     **_each("loss_type", Absent("supervised training here uses the squared error", off=(*OFF, "l2"))),
     **_each("huber_c huber_schedule", Absent("it acts with a Huber loss only", harmless=True)),
     **_each("noise_offset offset_noise input_perturbation input_perturbation_steps mixflow_enabled "
-            "scheduled_sampling_max_step_offset twinflow_enabled crepa_enabled layersync_enabled flow_cubic_schedule_weights "
-            "slider_lora_target assistant_lora_path singlora_ramp_up_steps diffusion_blocks_config",
+            "scheduled_sampling_max_step_offset twinflow_enabled crepa_enabled layersync_enabled "
+            "flow_cubic_schedule_weights slider_lora_target assistant_lora_path singlora_ramp_up_steps "
+            "diffusion_blocks_config",
             Absent("it has no counterpart here; leave it out")),
     **_each("noise_offset_probability mixflow_gamma flow_timesteps_mode", Absent(
         "what it belongs to is not part of this tool", harmless=True)),
@@ -146,20 +151,22 @@ VIDEO_ABSENT_KEYS: dict[str, Absent] = {
     "bucket_strategy": Absent("videos are grouped by aspect ratio", off=(*OFF, "aspect_ratio")),
 }
 
+_LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb")
+
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": frozenset("lcm dcm self_forcing diffusion_forcing ode_init".split()),
-    "lora_type": frozenset({"lycoris"}),
-    "optimizer": frozenset(
+    "distillation_method": _words("lcm dcm self_forcing diffusion_forcing ode_init"),
+    "lora_type": _words("lycoris"),
+    "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
-        "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged".split()
+        "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged"
     ),
-    "base_model_precision": frozenset("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb".split()),
-    "text_encoder_1_precision": frozenset("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb".split()),
-    "model_flavour": frozenset({"i2v-14b-2.1", "i2v-14b-2.1-720p"}),
-    "lora_init_type": frozenset("loftq olora pissa".split()),
-    "type": frozenset({"huggingface", "csv", "aws"}),
-    "dataset_type": frozenset({"image"}),
-    "caption_strategy": frozenset("csv parquet jsonl".split()),
-    "metadata_backend": frozenset("csv parquet json huggingface".split()),
+    "base_model_precision": _LATER_PRECISIONS,
+    "text_encoder_1_precision": _LATER_PRECISIONS,
+    "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
+    "lora_init_type": _words("loftq olora pissa"),
+    "type": _words("huggingface csv aws"),
+    "dataset_type": _words("image"),
+    "caption_strategy": _words("csv parquet jsonl"),
+    "metadata_backend": _words("csv parquet json huggingface"),
 }

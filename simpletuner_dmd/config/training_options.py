@@ -107,8 +107,8 @@ class PrecisionOptions(Options):
         True, description="Recomputes each block in the backward pass: far less memory, about a third more time."
     )
     attention_mechanism: Literal[
-        "diffusers", "native", "flash-attn-2", "flash-attn-3", "flex", "xformers",
-        "sageattention", "sageattention-int8-fp16-triton", "sageattention-int8-fp16-cuda", "sageattention-int8-fp8-cuda",
+        "diffusers", "native", "flash-attn-2", "flash-attn-3", "flex", "xformers", "sageattention",
+        "sageattention-int8-fp16-triton", "sageattention-int8-fp16-cuda", "sageattention-int8-fp8-cuda",
     ] = Field(
         "diffusers",
         description="Attention kernel. `diffusers` and `native` are PyTorch's own and run everywhere; SageAttention "

@@ -1,0 +1,84 @@
+"""Chooses what to install for this machine; everything else about the package is in pyproject.toml.
+
+pip install -e .          # finds CUDA, ROCm, Apple or CPU
+SIMPLETUNER_PLATFORM=cpu pip install -e .
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+
+from setuptools import setup
+
+PLATFORMS = ("cuda", "rocm", "apple", "cpu")
+
+DEPENDENCIES = [
+    "torch>=2.10,<2.14",
+    "diffusers>=0.40,<0.43",
+    "transformers>=5.10,<6",
+    "peft>=0.19.1,<0.22",
+    "accelerate>=1.13,<2",
+    "huggingface_hub>=1.32,<3",
+    "optimum-quanto>=0.2.7,<0.3",
+    "lycoris-lora>=4.1,<5",
+    "torch-optimi>=0.3,<0.4",
+    "safetensors>=0.6",
+    "numpy",
+    "av>=15,<19",
+    "ftfy>=6.3,<7",
+    "pillow",
+    "pydantic>=2.10,<3",
+    "questionary>=2.1,<3",
+    "tqdm",
+    "wandb>=0.20,<1",
+    "zstandard",
+]
+
+EXTRAS = {
+    # The marker repeats what finding CUDA implies, for those who ask for the extra by name.
+    "cuda": [
+        "bitsandbytes>=0.48,<1; (platform_system == 'Linux' and (platform_machine == 'x86_64' or "
+        "platform_machine == 'aarch64')) or platform_system == 'Windows'"
+    ],
+    "rocm": [],
+    "apple": [],
+    "cpu": [],
+    "tensorboard": ["tensorboard>=2.18,<3"],
+    "trackio": ["trackio>=0.5,<1"],
+    "dev": ["pytest>=8.3,<10", "ruff>=0.12", "mypy>=1.16,<3"],
+}
+
+
+def answers(command: str) -> bool:
+    """Whether a vendor's tool is installed and finds a device."""
+    if shutil.which(command) is None:
+        return False
+    try:
+        return subprocess.run([command], capture_output=True, timeout=30, check=False).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def find_platform() -> str:
+    """One of PLATFORMS: what SIMPLETUNER_PLATFORM says, else what is found."""
+    chosen = os.environ.get("SIMPLETUNER_PLATFORM", "").strip().lower()
+    if chosen in PLATFORMS:
+        return chosen
+    if chosen:
+        raise SystemExit(f"SIMPLETUNER_PLATFORM is {chosen!r}, must be one of: {', '.join(PLATFORMS)}")
+    if answers("nvidia-smi"):
+        return "cuda"
+    if answers("rocm-smi"):
+        return "rocm"
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "apple"
+    return "cpu"
+
+
+if __name__ == "__main__":
+    found = find_platform()
+    print(f"installing for: {found}")
+    setup(install_requires=DEPENDENCIES + EXTRAS[found], extras_require=EXTRAS)

@@ -1,0 +1,40 @@
+"""The arguments that choose a configuration, shared by the verbs that need one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from simpletuner_dmd.config import LoadedConfig
+
+OVERRIDES_HELP = """\
+any option of config.json can be given as well, and wins over the file:
+  --learning_rate 1e-5    --learning_rate=1e-5    learning_rate=1e-5    --use_ema
+  distillation_config.fake_score_lr=4e-7"""
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --config, --env, --example; every other argument becomes an override of an option."""
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--config", metavar="PATH", help="a config.json, or the folder it is in")
+    which.add_argument("--env", metavar="NAME", help="the same as --config config/NAME/config.json")
+    which.add_argument("--example", metavar="NAME", help="an example that comes with the package")
+    # train.sh asks for it: two commands from a fresh machine to a result
+    parser.add_argument("--demo-if-none", action="store_true", help=argparse.SUPPRESS)
+    parser.set_defaults(overrides=[])
+    parser.epilog = f"{OVERRIDES_HELP}\n\n{parser.epilog or ''}".rstrip()
+    parser.usage = f"{parser.prog} [--config PATH | --env NAME | --example NAME] [options] [KEY=VALUE ...]"
+
+
+def load_config(args: argparse.Namespace) -> LoadedConfig:
+    """The configuration that the arguments choose. Raises UserError with every mistake in it."""
+    from simpletuner_dmd.config import load
+
+    return load(
+        args.overrides,
+        config=args.config,
+        env=args.env,
+        example=args.example,
+        demo_if_none=args.demo_if_none,
+    )

@@ -1,0 +1,256 @@
+"""Reads multidatabackend.json into entries that are complete: every default filled in from config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from simpletuner_dmd.config.coerce import means_none
+from simpletuner_dmd.config.databackend import PLAIN_NAME, USED_BY, DatasetEntry, VideoOptions
+from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.layers import bare
+from simpletuner_dmd.config.mistakes import refusals, unknown_key
+from simpletuner_dmd.config.run_options import DEMO, native_size
+from simpletuner_dmd.config.schema import TrainConfig, frames_4n1
+from simpletuner_dmd.config.simpletuner_keys import DATASET_ABSENT_KEYS, VIDEO_ABSENT_KEYS
+
+DATASET_ALIASES = {"disable": "disabled", "aws_data_prefix": "instance_data_dir"}
+TOP_LEVEL_VIDEO_KEYS = tuple(VideoOptions.model_fields)
+
+Resolve = Callable[[str], Path]
+
+
+@dataclass
+class Datasets:
+    """What a data file holds: entries to train on, the text cache, and what was wrong or worth saying."""
+
+    entries: list[DatasetEntry] = field(default_factory=list)
+    text_embeds: DatasetEntry | None = None
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+
+
+def read_entries(content: Any, file: str) -> Datasets:
+    """Types and checks every entry; a bare object is a list of one. Problems are collected, nothing is raised."""
+    found = Datasets()
+    if isinstance(content, dict):
+        found.notices.append(f"{file} holds one dataset without the list around it; read as a list of one.")
+        content = [content]
+    if not isinstance(content, list):
+        found.problems.append(Problem(file, "", "must hold a JSON list of datasets", 'start with [ { "id": ... } ]'))
+        return found
+    for number, raw in enumerate(content, 1):
+        if not isinstance(raw, dict):
+            found.problems.append(Problem(file, f"entry {number}", "must be an object {...}"))
+            continue
+        entry = _read_entry(raw, number, file, found)
+        if entry is None:
+            continue
+        if entry.disabled:
+            found.notices.append(f"dataset {entry.id or number} is disabled and left out.")
+        elif entry.is_training_data:
+            found.entries.append(entry)
+        elif found.text_embeds is not None:
+            found.problems.append(
+                Problem(file, f"{_name(raw, number)}: dataset_type", "is the second text_embeds entry in use: "
+                        "one cache serves every dataset", 'set "disabled": true on the others')
+            )  # fmt: skip
+        else:
+            found.text_embeds = entry
+            if not entry.default:
+                found.notices.append(f"dataset {entry.id}: it serves every dataset, whatever `default` says.")
+    if not found.entries and not found.problems:
+        found.problems.append(
+            Problem(file, "", "holds no dataset to train on", 'add an entry with "dataset_type": "video" or "prompts"')
+        )
+    _check_names(found, file)
+    return found
+
+
+def _name(raw: dict[str, Any], number: int) -> str:
+    return f'dataset "{raw["id"]}"' if isinstance(raw.get("id"), str) and raw["id"] else f"dataset {number}"
+
+
+def _read_entry(raw: dict[str, Any], number: int, file: str, found: Datasets) -> DatasetEntry | None:
+    name = _name(raw, number)
+    values = {DATASET_ALIASES.get(bare(key), bare(key)): value for key, value in raw.items()}
+    _accept_short_form(values, name, found)
+    problems_before = len(found.problems)
+    _drop_unknown(values, f"{name}: ", file, set(DatasetEntry.model_fields), DATASET_ABSENT_KEYS, found)
+    if isinstance(values.get("video"), dict):
+        values["video"] = dict(values["video"])
+        _drop_unknown(
+            values["video"], f"{name}: video.", file, set(VideoOptions.model_fields), VIDEO_ABSENT_KEYS, found
+        )
+    try:
+        entry = DatasetEntry.model_validate(values)
+    except ValidationError as error:
+        for path, message, fix in refusals(error, DatasetEntry):
+            found.problems.append(Problem(file, f"{name}: {'.'.join(map(str, path))}", message, fix))
+        return None
+    if not entry.disabled:
+        found.problems += _entry_problems(entry, name, file)
+        idle = sorted(entry.model_fields_set - USED_BY[entry.dataset_type])
+        if idle:
+            found.notices.append(f"{name}: {', '.join(idle)} has no effect on a {entry.dataset_type} entry.")
+        if entry.video.num_frames != frames_4n1(entry.video.num_frames):
+            rounded = frames_4n1(entry.video.num_frames)
+            found.notices.append(f"{name}: num_frames {entry.video.num_frames} -> {rounded}: Wan takes 4n+1 frames.")
+    return entry if entry.disabled or len(found.problems) == problems_before else None
+
+
+def _accept_short_form(values: dict[str, Any], name: str, found: Datasets) -> None:
+    """The entry of the DMD guide: frame counts and the cache folder at the top level."""
+    moved = [key for key in TOP_LEVEL_VIDEO_KEYS if key in values]
+    if moved:
+        video = values.get("video")
+        inner = dict(video) if isinstance(video, dict) else {}
+        for key in moved:
+            inner.setdefault(key, values.pop(key))
+            values.pop(key, None)
+        values["video"] = inner
+        found.notices.append(f"{name}: {', '.join(moved)} at the top level; read as if inside its `video` block.")
+    kind = values.get("dataset_type", "video")
+    if kind == "video" and "cache_dir" in values:
+        folder = values.pop("cache_dir")
+        values.setdefault("cache_dir_vae", folder)
+        found.notices.append(f"{name}: cache_dir on a video dataset; read as cache_dir_vae.")
+
+
+def _drop_unknown(values: dict[str, Any], prefix: str, file: str, known: set[str], absent: dict[str, Any],
+                  found: Datasets) -> None:  # fmt: skip
+    """Takes unknown keys out (each a problem or a notice), and keys that are null, which count as unset."""
+    model = VideoOptions if prefix.endswith("video.") else DatasetEntry
+    for key in list(values):
+        if key not in known:
+            problem, notice = unknown_key(file, key, values.pop(key), known, absent, prefix)
+            found.problems += [problem] if problem else []
+            found.notices += [notice] if notice else []
+        elif means_none(values[key], model.model_fields[key].annotation):
+            del values[key]
+
+
+def _entry_problems(entry: DatasetEntry, name: str, file: str) -> list[Problem]:
+    problems = []
+    if entry.is_training_data and not entry.instance_data_dir:
+        problems.append(
+            Problem(file, f"{name}: instance_data_dir", "is missing: nothing says where the samples are",
+                    'add "instance_data_dir": "path/to/the/folder"')
+        )  # fmt: skip
+    if entry.dataset_type == "prompts" and entry.resolution is not None and entry.size is None:
+        problems.append(
+            Problem(file, f"{name}: resolution", f"found {entry.resolution:g}; prompts have no shape of their own, "
+                    "so both sides must be given", 'for example "resolution": "832x480"')
+        )  # fmt: skip
+    if entry.dataset_type == "video" and entry.size is not None:
+        problems.append(
+            Problem(file, f"{name}: resolution", f'found "{entry.resolution}"; videos keep their own shapes, '
+                    "so this is one number", 'for example "resolution": 480 with "resolution_type": "pixel_area"')
+        )  # fmt: skip
+    if (entry.caption_strategy == "instanceprompt" or entry.prepend_instance_prompt) and not entry.instance_prompt:
+        problems.append(Problem(file, f"{name}: instance_prompt", "is needed and missing", "add the prompt's text"))
+    least, most = entry.video.min_frames, entry.video.max_frames
+    if most is not None and most < (least or frames_4n1(entry.video.num_frames)):
+        problems.append(
+            Problem(file, f"{name}: video.max_frames", f"found {most}, fewer than the frames a sample needs: "
+                    "every clip would be left out", "raise it, or leave it out")
+        )  # fmt: skip
+    return problems
+
+
+def _check_names(found: Datasets, file: str) -> None:
+    """Names entries after their folders where they have no id, and refuses two of one name."""
+    taken: set[str] = set()
+    for entry in found.entries:
+        if not entry.id:
+            stem = Path(entry.instance_data_dir or "dataset").expanduser().stem
+            # Characters that could leave the cache folder become dashes.
+            entry.id = "".join(c if PLAIN_NAME.fullmatch(f"a{c}") else "-" for c in stem).strip(".- ") or "dataset"
+        if entry.id in taken:
+            found.problems.append(
+                Problem(file, f'dataset "{entry.id}": id', "two datasets have this name", "give each its own id")
+            )
+        taken.add(entry.id)
+
+
+def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) -> None:
+    """Fills what the entries leave out from config.json, and makes their folders absolute; caches go below `cwd`."""
+    for entry in found.entries:
+        if entry.instance_data_dir and entry.instance_data_dir != DEMO:
+            entry.instance_data_dir = str(resolve(entry.instance_data_dir))
+        if entry.resolution is None:
+            is_video = entry.dataset_type == "video"
+            entry.resolution = config.resolution if is_video else native_size(config.model_flavour)
+        entry.resolution_type = entry.resolution_type or config.resolution_type
+        if entry.minimum_image_size is None:
+            entry.minimum_image_size = config.minimum_image_size
+        entry.maximum_image_size = entry.maximum_image_size or config.maximum_image_size
+        entry.target_downsample_size = entry.target_downsample_size or entry.maximum_image_size
+        entry.cache_dir_vae = _cache(entry.cache_dir_vae or Path(config.cache_dir_vae) / entry.id, cwd)
+        asked_for = entry.video.min_frames
+        entry.video.num_frames = frames_4n1(entry.video.num_frames)
+        entry.video.min_frames = entry.video.num_frames if asked_for is None else asked_for
+    text = found.text_embeds or DatasetEntry(id="text-embeds", dataset_type="text_embeds")
+    text.cache_dir = _cache(text.cache_dir or config.cache_dir_text, cwd)
+    text.write_batch_size = text.write_batch_size or config.write_batch_size
+    found.text_embeds = text
+
+
+def _cache(folder: str | Path, cwd: Path) -> str:
+    return str((cwd / Path(folder).expanduser()).absolute())
+
+
+def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) -> list[Problem]:
+    """Losses that read videos, on a run that only has prompts."""
+    if not entries or any(entry.dataset_type == "video" for entry in entries):
+        return []
+    if config.distillation_config is None:
+        return [
+            Problem(file, "dataset_type", "fine-tuning needs videos, and every dataset here is prompts",
+                    'add a "video" dataset, or set "distillation_method": "dmd"')
+        ]  # fmt: skip
+    if config.dmd.rollout == "data_latent":
+        return [
+            Problem(file, "dataset_type", 'rollout "data_latent" starts from videos, and every dataset here is prompts',
+                    'add a "video" dataset, or set "rollout": "simulate"')
+        ]  # fmt: skip
+    return []
+
+
+def size_notices(config: TrainConfig, entries: list[DatasetEntry]) -> list[str]:
+    """Where validation renders what training never sees."""
+    found = []
+    trained_frames = sorted({entry.video.num_frames for entry in entries})
+    if config.dmd_frames_cap is not None:
+        trained_frames = sorted({min(frames, config.dmd_frames_cap) for frames in trained_frames})
+    if not config.validation_disable and trained_frames and config.validation_num_video_frames not in trained_frames:
+        found.append(
+            f"validation renders {config.validation_num_video_frames} frames, training sees "
+            f"{', '.join(map(str, trained_frames))}: the videos may look different from what was trained."
+        )
+    areas = [area for entry in entries if (area := _area(entry)) is not None]
+    if not config.validation_disable and areas:
+        for width, height in config.validation_resolution:
+            if all(not 0.75 <= width * height / area <= 1.34 for area in areas):
+                found.append(
+                    f"validation renders {width}x{height}, training sees about "
+                    f"{', '.join(f'{round(area**0.5)}² pixels' for area in areas)}: "
+                    "the videos may look different from what was trained."
+                )
+    return found
+
+
+def _area(entry: DatasetEntry) -> float | None:
+    """Pixels of a training frame, where the entry says so; `pixel` sizes depend on each video's shape."""
+    if entry.size is not None:
+        return entry.size[0] * entry.size[1]
+    if isinstance(entry.resolution, float | int):
+        if entry.resolution_type == "area":
+            return entry.resolution * 1e6
+        if entry.resolution_type == "pixel_area":
+            return entry.resolution**2
+    return None

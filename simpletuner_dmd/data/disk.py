@@ -1,0 +1,152 @@
+"""Files that are whole or absent, and hashes of contents that are not taken twice."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from simpletuner_dmd.config.errors import UserError
+
+TEMPORARY = ".tmp-"
+DAY = 24 * 3600.0
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns a full or write-protected disk into a UserError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UserError(f"the disk is full: {path} could not be written", fix=(
+                "free some space, or move the cache (cache_dir_vae, cache_dir_text, or the dataset's own); what is "
+                "cached so far is kept, and the same command goes on from there")) from error  # fmt: skip
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+            raise UserError(f"{path} cannot be written: {error.strerror}",
+                            fix="choose a cache folder that this user may write to") from error  # fmt: skip
+        raise
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes `path` so that a reader, or a run after a crash, sees all of `data` or no file. Raises UserError.
+
+    Temporary file in the same folder, fsync, rename; the folder is synced too, so the name survives a power cut.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{uuid4().hex[:8]}"
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # Windows has no such handle
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
+            raise
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Removes temporary files that a killed run left behind; younger ones may belong to a run beside this one."""
+    for leftover in folder.glob(f"**/{TEMPORARY}*"):
+        try:
+            if time.time() - leftover.stat().st_mtime > DAY:
+                leftover.unlink()
+        except OSError:
+            continue  # gone, or not ours: harmless either way
+
+
+def digest(*parts: bytes | str) -> str:
+    """32 hex digits that name `parts`; lengths are hashed too, so ("ab", "c") differs from ("a", "bc")."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """32 hex digits of the bytes of a file."""
+    state = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            state.update(block)
+    return state.hexdigest()
+
+
+class HashMemo:
+    """Content hashes of files, remembered by (path, size, modification time) across runs.
+
+    A lost or broken memo costs a re-hash and nothing else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, list[int | str]] = {}
+        self._changed = 0
+        try:
+            loaded = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        if isinstance(loaded, dict):
+            self._known = {k: v for k, v in loaded.items() if isinstance(v, list) and len(v) == 3}
+
+    def known(self, path: Path) -> bool:
+        """Whether the file is the one that was remembered: same size, same time."""
+        try:
+            status = path.stat()
+        except OSError:
+            return False
+        entry = self._known.get(str(path.absolute()))
+        return entry is not None and entry[:2] == [status.st_size, status.st_mtime_ns]
+
+    def remember(self, path: Path, content: str) -> None:
+        """Notes what is known of the file as it is now. Raises OSError."""
+        self._note(path, path.stat(), content)
+
+    def _note(self, path: Path, status: os.stat_result, content: str) -> None:
+        self._known[str(path.absolute())] = [status.st_size, status.st_mtime_ns, content]
+        self._changed += 1
+        if self._changed >= 256:  # a kill must not cost what was learnt of thousands of large files
+            self.save()
+
+    def forget(self, path: Path) -> None:
+        if self._known.pop(str(path.absolute()), None) is not None:
+            self._changed += 1
+
+    def hash(self, path: Path) -> str:
+        """The hash of the file's bytes, taken only if the file changed. Raises OSError."""
+        if self.known(path):
+            return str(self._known[str(path.absolute())][2])
+        status = path.stat()  # before reading: a file that changes meanwhile is hashed again next time
+        content = hash_file(path)
+        self._note(path, status, content)
+        return content
+
+    def save(self) -> None:
+        """Writes what is new. Raises UserError."""
+        if self._changed:
+            write_whole(self.path, json.dumps(self._known, ensure_ascii=False).encode())
+            self._changed = 0
