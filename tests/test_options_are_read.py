@@ -29,6 +29,8 @@ READ_IN_CONFIG = {
     "disabled": "datasets.py",
     "default": "datasets.py",
     "distillation_config": "schema.py",
+    "cache_dir_text": "datasets.py",
+    "cache_dir": "load.py",
 }
 
 
