@@ -133,7 +133,8 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
         if not own_folder and not any((folder / subfolder).glob("*.json")):
             problems.append(
                 Problem(loaded.origins.get(key, ""), key, f"{folder} has no {subfolder}: "
-                        f"a diffusers pipeline folder has {', '.join(PARTS)}", "name a whole pipeline folder or a Hub id")
+                        f"a diffusers pipeline folder has {', '.join(PARTS)}",
+                        "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
     return problems
 

@@ -184,7 +184,7 @@ def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) 
             entry.instance_data_dir = str(resolve(entry.instance_data_dir))
         if entry.resolution is None:
             is_video = entry.dataset_type == "video"
-            entry.resolution = config.resolution if is_video else native_size(config.model_flavour)
+            entry.resolution = float(config.resolution) if is_video else native_size(config.model_flavour)
         entry.resolution_type = entry.resolution_type or config.resolution_type
         if entry.minimum_image_size is None:
             entry.minimum_image_size = config.minimum_image_size

@@ -88,7 +88,7 @@ class DataOptions(Options):
         "the critic's turn. The student's turn never drops. Default: 0.1 for fine-tuning, 0 for distillation.",
     )  # fmt: skip
     resolution: float = Field(
-        480, gt=0,
+        480.0, gt=0,
         description="Size of the training videos, in the unit of `resolution_type`.",
     )  # fmt: skip
     resolution_type: Literal["pixel", "pixel_area", "area"] = Field(
@@ -97,7 +97,7 @@ class DataOptions(Options):
         "`area`: megapixels.",
     )
     minimum_image_size: float = Field(
-        0, ge=0, description="Videos smaller than this (in the unit of `resolution_type`) are left out, and listed."
+        0.0, ge=0, description="Videos smaller than this (in the unit of `resolution_type`) are left out, and listed."
     )
     maximum_image_size: float | None = Field(
         None, gt=0, description="Videos larger than this are first reduced to `target_downsample_size`, then cropped."
@@ -117,7 +117,7 @@ class DataOptions(Options):
         "Nothing is ever deleted.",
     )
     framerate: float = Field(
-        16, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
+        16.0, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
     )
     cache_dir_text: str = Field("cache/text", description="Folder of the cached text embeddings.")
     cache_dir_vae: str = Field("cache/vae", description="Folder of the cached latents; each dataset has its own below.")

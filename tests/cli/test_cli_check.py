@@ -1,0 +1,128 @@
+"""`simpletuner check`: what stands in the way is exit code 2, what is merely left out is a warning."""
+
+import json
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner_dmd.cli.main import main
+
+
+@dataclass
+class Bad:
+    path: Path
+    reason: str
+
+
+@dataclass
+class Scan:
+    entry: Any
+    usable: list[Path] = field(default_factory=list)
+    rejected: list[Bad] = field(default_factory=list)
+    buckets: dict[str, int] = field(default_factory=dict)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with a config and a dataset; the scan takes .mp4 for usable and prints noise."""
+
+    def scan_all(datasets: list[Any], config: Any) -> list[Scan]:
+        print("scanning")
+        scans = []
+        for entry in datasets:
+            files = sorted(Path(entry.instance_data_dir).iterdir())
+            good = [path for path in files if path.suffix == ".mp4"]
+            bad = [Bad(path, "not a video") for path in files if path.suffix != ".mp4"]
+            scans.append(Scan(entry, good, bad, {"64x64x9": len(good)}))
+        return scans
+
+    module = types.ModuleType("simpletuner_dmd.data.scan")
+    module.scan_all = scan_all  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "simpletuner_dmd.data", types.ModuleType("simpletuner_dmd.data"))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    for name in ("clip.mp4", "notes.txt"):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        (tmp_path / "videos" / name).write_text("x")
+    entry = {"id": "clips", "dataset_type": "video", "instance_data_dir": "videos"}
+    (tmp_path / "multidatabackend.json").write_text(json.dumps([entry]))
+    configure(tmp_path)
+    return tmp_path
+
+
+def configure(home: Path, **options: Any) -> None:
+    (home / "config.json").write_text(json.dumps(options))
+
+
+def check_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = main(["check", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_rejected_files_are_warnings(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    shown = capsys.readouterr().out
+    assert "notes.txt: not a video" in shown
+    assert "64x64x9: 1" in shown
+    assert "Ready to train." in shown
+    code, document = check_json(capsys)
+    assert (code, document["ok"], document["problems"]) == (0, True, [])
+    data = document["data"][0]
+    assert (data["id"], data["usable"], data["buckets"]) == ("clips", 1, {"64x64x9": 1})
+    assert data["rejected"][0]["reason"] == "not a video"
+
+
+def test_mistakes_in_the_config_are_in_the_document_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, document = check_json(capsys, "sed=1", "lora_rank=x")
+    assert (code, document["ok"]) == (2, False)
+    assert {problem["key"] for problem in document["problems"]} == {"sed", "lora_rank"}
+    assert set(document["problems"][0]) == {"file", "key", "message", "fix"}
+
+
+@pytest.mark.parametrize("state", ["missing", "empty", "a file", "nothing usable"])
+def test_a_dataset_that_gives_nothing_is_a_problem(home: Path, capsys: pytest.CaptureFixture[str], state: str) -> None:
+    (home / "videos" / "clip.mp4").unlink()
+    if state != "nothing usable":
+        (home / "videos" / "notes.txt").unlink()
+    if state in ("missing", "a file"):
+        (home / "videos").rmdir()
+    if state == "a file":
+        (home / "videos").write_text("x")
+    code, document = check_json(capsys)
+    assert code == 2
+    assert [problem["key"] for problem in document["problems"]] == ["instance_data_dir"]
+    assert main(["check"]) == 2
+
+
+def test_a_model_folder_must_have_every_part(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = home / "model"
+    for part in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        (model / part).mkdir(parents=True)
+        (model / part / "config.json").write_text("{}")
+    configure(home, pretrained_model_name_or_path="model")
+    code, document = check_json(capsys)
+    assert code == 2
+    assert "no transformer" in document["problems"][0]["message"]
+    (home / "mine").mkdir()
+    (home / "mine" / "config.json").write_text("{}")
+    configure(home, pretrained_model_name_or_path="model", pretrained_transformer_model_name_or_path="mine")
+    assert check_json(capsys)[0] == 0
+
+
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir_text", "cache_dir_vae"])
+def test_folders_that_cannot_be_written(home: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+    configure(home, **{key: "videos/clip.mp4/below"})
+    code, document = check_json(capsys)
+    assert code == 2
+    assert [problem["key"] for problem in document["problems"]] == [key]
+    assert "cannot write" in document["problems"][0]["message"]
+
+
+def test_a_check_leaves_nothing_behind(home: Path) -> None:
+    before = sorted(home.rglob("*"))
+    assert main(["check"]) == 0
+    assert sorted(home.rglob("*")) == before

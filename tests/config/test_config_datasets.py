@@ -1,0 +1,144 @@
+"""Entries of multidatabackend.json."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpletuner_dmd.config import TrainConfig
+from simpletuner_dmd.config.datasets import Datasets, complete, needs_videos, read_entries, size_notices
+
+FILE = "multidatabackend.json"
+VIDEO: dict[str, Any] = {"id": "clips", "dataset_type": "video", "instance_data_dir": "videos"}
+PROMPTS: dict[str, Any] = {"id": "words", "dataset_type": "prompts", "instance_data_dir": "prompts.txt"}
+
+
+def read(*entries: Any) -> Datasets:
+    return read_entries(list(entries), FILE)
+
+
+def completed(*entries: Any, **options: Any) -> Datasets:
+    found = read(*entries)
+    assert found.problems == []
+    complete(found, TrainConfig(**options), lambda value: Path("/here") / value, Path("/here"))
+    return found
+
+
+def test_an_entry_takes_what_it_leaves_out_from_the_config() -> None:
+    found = completed(VIDEO, resolution=320, resolution_type="pixel", maximum_image_size=900, cache_dir_vae="c")
+    entry = found.entries[0]
+    assert (entry.resolution, entry.resolution_type) == (320, "pixel")
+    assert (entry.maximum_image_size, entry.target_downsample_size) == (900, 900)
+    assert entry.cache_dir_vae == "/here/c/clips"
+    assert entry.instance_data_dir == "/here/videos"
+    assert (entry.video.num_frames, entry.video.min_frames) == (81, 81)
+    own = {**VIDEO, "resolution": 0.5, "resolution_type": "area", "minimum_image_size": 0.1}
+    entry = completed(own, resolution=320, minimum_image_size=9).entries[0]
+    assert (entry.resolution, entry.resolution_type, entry.minimum_image_size) == (0.5, "area", 0.1)
+
+
+def test_the_text_cache_has_a_default_and_an_entry() -> None:
+    text = completed(VIDEO, cache_dir_text="t", write_batch_size=7).text_embeds
+    assert text is not None
+    assert (text.cache_dir, text.write_batch_size) == ("/here/t", 7)
+    text = completed(VIDEO, {"id": "te", "dataset_type": "text_embeds", "cache_dir": "x", "default": True}).text_embeds
+    assert text is not None
+    assert text.cache_dir == "/here/x"
+
+
+def test_the_short_entry_of_the_dmd_guide() -> None:
+    short = {"dataset_type": "video", "cache_dir": "cache/wan-dmd", "resolution_type": "pixel_area", "crop": False,
+             "num_frames": 121, "frame_interval": 1, "resolution": 480,
+             "minimum_image_size": 0, "repeats": 0}  # fmt: skip
+    missing = read_entries(short, FILE)
+    assert [problem.key for problem in missing.problems] == ["dataset 1: instance_data_dir"]
+    found = read_entries({**short, "instance_data_dir": "my/films"}, FILE)
+    assert found.problems == []
+    assert found.entries[0].id == "films"
+    assert found.entries[0].video.num_frames == 121
+    assert found.entries[0].cache_dir_vae == "cache/wan-dmd"
+    assert len(found.notices) == 3
+
+
+def test_frames_that_are_not_4n1_are_rounded_down_and_said() -> None:
+    found = completed({**VIDEO, "video": {"num_frames": 75, "min_frames": 75}})
+    assert (found.entries[0].video.num_frames, found.entries[0].video.min_frames) == (73, 75)
+    assert "75 -> 73" in found.notices[0]
+
+
+def test_prompts_have_the_native_size_unless_they_say_otherwise() -> None:
+    entry = completed(PROMPTS, resolution=480).entries[0]
+    assert (entry.size, entry.video.num_frames) == ((832, 480), 81)
+    assert completed(PROMPTS, model_flavour="ti2v-5b-2.2").entries[0].size == (1280, 704)
+    assert completed({**PROMPTS, "resolution": "64 X 48"}).entries[0].size == (64, 48)
+
+
+def test_disabled_entries_are_left_out_whatever_else_they_hold() -> None:
+    found = read(VIDEO, {"id": "off", "disabled": True}, {**VIDEO, "id": "off2", "disable": "true"})
+    assert found.problems == []
+    assert [entry.id for entry in found.entries] == ["clips"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "key", "expected"),
+    [
+        ({**VIDEO, "type": "csv"}, "type", "not available yet"),
+        ({**VIDEO, "dataset_type": "image"}, "dataset_type", "not available yet"),
+        ({**VIDEO, "dataset_type": "vidoe"}, "dataset_type", "must be one of"),
+        ({**VIDEO, "metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
+        ({**VIDEO, "caption_strategy": "csv"}, "caption_strategy", "not available yet"),
+        ({**VIDEO, "caption_strategy": "instanceprompt"}, "instance_prompt", "missing"),
+        ({**VIDEO, "video": {"num_frame": 5}}, "video.num_frame", "did you mean"),
+        ({**VIDEO, "video": {"num_frames": 0}}, "video.num_frames", "at least 1"),
+        ({**VIDEO, "video": {"num_frames": 9, "max_frames": 8}}, "video.max_frames", "every clip"),
+        ({**VIDEO, "resolution": "832x480"}, "resolution", "one number"),
+        ({**VIDEO, "caption_shuffle": {"enable": True}}, "caption_shuffle", "not available yet"),
+        ({"id": "clips", "dataset_type": "video"}, "instance_data_dir", "missing"),
+        ({**PROMPTS, "id": "clips", "resolution": 480}, "resolution", "both sides"),
+    ],
+)
+def test_one_mistake(entry: dict[str, Any], key: str, expected: str) -> None:
+    found = read(entry)
+    assert [problem.key for problem in found.problems] == [f'dataset "clips": {key}']
+    assert expected in found.problems[0].message + found.problems[0].fix
+    assert found.problems[0].file == FILE
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "/abs", "..", "a..b", "-x", "a\nb"])
+def test_a_name_cannot_leave_its_folder(name: str) -> None:
+    assert "plain name" in read({**VIDEO, "id": name}).problems[0].message
+
+
+@pytest.mark.parametrize("folder", ["/", "..", "~", "a/..", "ünï/", "x/.hidden"])
+def test_a_name_made_from_a_folder_is_plain(folder: str) -> None:
+    name = read({**VIDEO, "id": "", "instance_data_dir": folder}).entries[0].id
+    assert read({**VIDEO, "id": name}).problems == []
+
+
+def test_whole_files_that_make_no_sense() -> None:
+    assert read().problems
+    assert read_entries("x", FILE).problems
+    assert read(7).problems
+    assert "second" in read(VIDEO, {"dataset_type": "text_embeds"}, {"dataset_type": "text_embeds"}).problems[0].message
+    assert "this name" in read(VIDEO, VIDEO).problems[0].message
+
+
+def test_keys_that_do_nothing_on_an_entry_are_said() -> None:
+    assert "crop" in read({**PROMPTS, "crop": True}).notices[0]
+
+
+def test_losses_that_read_videos_need_videos() -> None:
+    entries = read(PROMPTS).entries
+    assert needs_videos(TrainConfig(), entries, FILE)
+    distil = {"distillation_method": "dmd"}
+    assert not needs_videos(TrainConfig.model_validate(distil), entries, FILE)
+    latents = {**distil, "distillation_config": {"rollout": "data_latent"}}
+    assert needs_videos(TrainConfig.model_validate(latents), entries, FILE)
+
+
+def test_validation_of_another_size_than_training_is_said() -> None:
+    found = completed({**VIDEO, "resolution": 480}, validation_resolution="1280x704", validation_num_video_frames=121)
+    config = TrainConfig(validation_resolution="1280x704", validation_num_video_frames=121)  # type: ignore[arg-type]
+    assert len(size_notices(config, found.entries)) == 2
+    same = completed({**PROMPTS, "resolution": "832x480"})
+    assert size_notices(TrainConfig(), same.entries) == []

@@ -1,0 +1,62 @@
+"""No option is accepted and then ignored: each one is read somewhere, as an attribute, by the code that acts on it."""
+
+import ast
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from simpletuner_dmd.config import DatasetEntry, DmdConfig, TrainConfig, VideoOptions
+from simpletuner_dmd.config.coerce import allowed_words
+from simpletuner_dmd.config.distillation import BLOCK_KEYS
+
+PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
+
+# One value is allowed in this version: checking it is the whole effect.
+ONE_VALUE = {"model_family", "lora_type", "type", "metadata_backend"}
+# They rule block-wise students, which do not exist yet; writing them is answered at start.
+ANSWERED_AT_START = set(BLOCK_KEYS)
+# Options that the config room itself turns into something, and the file that reads them.
+READ_IN_CONFIG = {
+    "strict_epoch_limit": "rules.py",
+    "student_steps": "distillation.py",
+    "dmd_denoising_steps": "distillation.py",
+    "warp_denoising_steps": "distillation.py",
+    "data_backend_config": "load.py",
+    "validation_prompt": "prompts.py",
+    "validation_prompt_library": "prompts.py",
+    "disabled": "datasets.py",
+    "default": "datasets.py",
+    "distillation_config": "schema.py",
+    "cache_dir_text": "datasets.py",
+    "cache_dir": "load.py",
+}
+
+
+def attributes_read(paths: Iterable[Path]) -> set[str]:
+    """Names that appear as `something.name` being read."""
+    found: set[str] = set()
+    for path in paths:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found |= {
+            node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+        }
+    return found
+
+
+CONFIG = PACKAGE / "config"
+READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
+OPTIONS = [
+    (model, name) for model in (TrainConfig, DmdConfig, DatasetEntry, VideoOptions) for name in model.model_fields
+]
+
+
+@pytest.mark.parametrize(("model", "name"), OPTIONS, ids=[f"{model.__name__}.{name}" for model, name in OPTIONS])
+def test_option_is_read(model: type[BaseModel], name: str) -> None:
+    if name in ONE_VALUE:
+        assert len(allowed_words(model.model_fields[name].annotation)) == 1
+    elif name in READ_IN_CONFIG:
+        assert name in attributes_read([CONFIG / READ_IN_CONFIG[name]])
+    elif name not in ANSWERED_AT_START:
+        assert name in READ, f"{model.__name__}.{name} is accepted, and nothing reads it"
