@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from simpletuner_dmd.flow import NoiseSource, Schedule
+from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key
 from simpletuner_dmd.publish.schedulers import ladder_error
 from simpletuner_dmd.publish.snippets import LORA_FILE
@@ -32,21 +32,6 @@ class LoadBack:
     max_relative_error: float
     passed: bool
     message: str
-
-
-def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, NoiseSource]:
-    """The noise that a stock pipeline draws after `torch.manual_seed(seed)`: (first noise, noise of the rungs).
-
-    One generator, in this order: the first noise, then one draw for each rung that is entered. The global generator is
-    left alone. shape: [B, C, F, H, W] of the latents.
-    """
-    generator = torch.Generator(device).manual_seed(seed)
-    first = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
-
-    def fresh(rung: int, like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like.device)
-
-    return first, fresh
 
 
 @torch.no_grad()
@@ -67,7 +52,7 @@ def check_export(
 
     pipeline: made by the caller from the base, without adapters, in the precision and quantisation of training; VAE and
     text encoder may be None. It is handed back as it came. prompt_embeds: [B, L, D], padded as in training.
-    reference_latents: `flow.sample_few_step` on `reference_noise(seed, shape, device)`, normalised latents.
+    reference_latents: `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`, normalised latents.
     schedule: of the run; without a ladder in the export (supervised training), the Euler ladder the reference took.
     tolerance: None takes 1e-4 in fp32 and more where weights are stored, or the base computes, in half precision.
     """

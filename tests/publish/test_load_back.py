@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from simpletuner_dmd.flow import Schedule, sample_few_step, uniform_ladder
 from simpletuner_dmd.publish.export import export_full, export_lora
-from simpletuner_dmd.publish.load_back import check_export, reference_noise
+from simpletuner_dmd.publish.load_back import check_export
+from simpletuner_dmd.validation.sampling import reference_noise
 
 from .conftest import ALPHA, RANK, SDE3, SHAPE, WanDenoiser, make_info, merged, text_of
 

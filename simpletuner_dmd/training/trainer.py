@@ -1,0 +1,308 @@
+"""The one training loop. It knows turns, losses and parameters; no formula and no model's name.
+
+    for step: for turn of the method: for micro-batch: backward each named loss into the moving role's parameters,
+              average over ranks, clip, update; then EMA, log, checkpoint, validation.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from simpletuner_dmd.flow import Batch
+from simpletuner_dmd.randomness import RandomStream
+from simpletuner_dmd.training.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
+from simpletuner_dmd.training.ema import Ema
+from simpletuner_dmd.training.progress import Progress, peak_bytes
+from simpletuner_dmd.training.tracking import Tracking
+
+CHECKPOINTS = "checkpoints"
+
+
+class Method(Protocol):
+    """What the loop needs of an algorithm; `simpletuner_dmd.distill.method.Method` says it in full."""
+
+    def turns(self, step: int) -> Any: ...
+
+    def end_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Batches(Protocol):
+    """Data as a pure function of the step, so that a resumed run sees the same."""
+
+    def micro_batch(
+        self, step: int, micro: int, rank: int, *, micro_batch_size: int, accumulation: int, world: int
+    ) -> Batch: ...
+
+
+@dataclass
+class RoleOptimizer:
+    """The parameters of one moving role and what moves them.
+
+    clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or "value" (each element).
+    """
+
+    parameters: list[tuple[str, nn.Parameter]]
+    optimizer: Optimizer
+    schedule: LRScheduler
+    clip: float
+    clip_method: str = "norm"
+    updates: int = 0
+
+    @property
+    def tensors(self) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.parameters]
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def update(self, accelerator: Any) -> float:
+        """Averages the gradients over ranks, clips, steps; returns the gradient's norm before clipping."""
+        _average(self.tensors, accelerator)
+        gradients = [parameter.grad for parameter in self.tensors if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise FloatingPointError("a gradient is not finite")
+        if self.clip > 0:
+            if self.clip_method == "value":
+                torch.nn.utils.clip_grad_value_(self.tensors, self.clip)
+            else:
+                torch.nn.utils.clip_grads_with_norm_(self.tensors, self.clip, torch.tensor(norm))
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        return norm
+
+
+def _average(parameters: list[nn.Parameter], accelerator: Any) -> None:
+    """The mean of the gradients over all processes, in one collective.
+
+    Once per update rather than DDP's hooks per backward: a role's parameters take part in several forwards and several
+    backwards of a turn, and roles share one module, which DDP's reducer does not allow.
+    """
+    if accelerator.num_processes == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:  # every rank must bring the same tensors to the collective
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
+    flat = accelerator.reduce(flat, reduction="mean")
+    offset = 0
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
+        offset += parameter.numel()
+
+
+@dataclass
+class TrainerSettings:
+    """The loop's own numbers; everything else belongs to what it is given."""
+
+    output_dir: Path
+    max_steps: int
+    micro_batch_size: int
+    accumulation: int
+    seed: int
+    checkpoint_interval: int
+    checkpoints_kept: int | None
+    validation_interval: int
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+class Trainer:
+    """Runs a method to its end. `validate(step)` and `checkpointed(path, step)` are called on the main process."""
+
+    def __init__(
+        self,
+        settings: TrainerSettings,
+        method: Method,
+        optimizers: dict[str, RoleOptimizer],
+        batches: Batches,
+        accelerator: Any,
+        tracking: Tracking,
+        *,
+        ema: Ema | None = None,
+        meta: dict[str, Any] | None = None,
+        validate: Callable[[int], None] | None = None,
+        checkpointed: Callable[[Path, int], None] | None = None,
+    ) -> None:
+        self.settings, self.method, self.optimizers, self.batches = settings, method, optimizers, batches
+        self.accelerator, self.tracking, self.ema, self.meta = accelerator, tracking, ema, meta or {}
+        self.validate, self.checkpointed = validate, checkpointed
+        self.step = 0
+        self.interrupted = False
+
+    # --- resume -----------------------------------------------------------------------------------------------------
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continues from a checkpoint: weights, optimizers, schedules, EMA, the method's state and the step."""
+        state = load_checkpoint(checkpoint)
+        if set(state.tensors) != set(self.optimizers):
+            raise ValueError(f"{checkpoint} trains {sorted(state.tensors)}, this run {sorted(self.optimizers)}")
+        for role, optimizer in self.optimizers.items():
+            _copy_into(optimizer.parameters, state.tensors[role], f"{checkpoint}, {role}")
+            optimizer.optimizer.load_state_dict(state.optimizers[role])
+            optimizer.schedule.load_state_dict(state.schedulers[role])
+            optimizer.updates = int(state.meta["updates"][role])
+        if self.ema is not None and state.ema is not None:
+            self.ema.load_state_dict(state.ema)
+        self.method.load_state_dict(state.method)
+        self.step = state.step
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint of the finished steps (main process only) and returns its folder."""
+        path = None
+        if self.accelerator.is_main_process:
+            state = CheckpointState(
+                step=self.step,
+                tensors={role: _detached(optimizer.parameters) for role, optimizer in self.optimizers.items()},
+                optimizers={role: optimizer.optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+                schedulers={role: optimizer.schedule.state_dict() for role, optimizer in self.optimizers.items()},
+                ema=None if self.ema is None else self.ema.state_dict(),
+                method=self.method.state_dict(),
+                meta={**self.meta, "updates": {role: optimizer.updates for role, optimizer in self.optimizers.items()}},
+            )
+            root = self.settings.output_dir / CHECKPOINTS
+            path = save_checkpoint(root, self.step, state, self.settings.checkpoints_kept)
+            self.tracking.event("checkpoint", step=self.step, path=str(path.relative_to(self.settings.output_dir)))
+            if self.checkpointed is not None:
+                self.checkpointed(path, self.step)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    # --- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains from `self.step` to the end. Ctrl-C or SIGTERM saves and stops; a second one stops at once."""
+        settings = self.settings
+        saved_at = self.step if self.step else -1
+        progress = Progress(
+            settings.max_steps, self.step, device=settings.device, enabled=self.accelerator.is_main_process
+        )
+        with progress, self._catching_signals():
+            while self.step < settings.max_steps and not self.interrupted:
+                values = self._train_step()
+                self.step += 1
+                progress.update(self.step, values)
+                self.tracking.log(self.step, values)
+                self._agree_on_interrupt()
+                last = self.step == settings.max_steps
+                if last or self.interrupted or self.step % settings.checkpoint_interval == 0:
+                    self.save()
+                    saved_at = self.step
+                if not self.interrupted and (last or self.step % settings.validation_interval == 0):
+                    self._validate()
+            if saved_at != self.step and self.interrupted:
+                self.save()
+
+    def _validate(self) -> None:
+        if self.validate is not None and self.accelerator.is_main_process:
+            self.validate(self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _train_step(self) -> dict[str, float]:
+        """All turns of one step; returns its metrics, averaged over micro-batches and ranks."""
+        settings, step = self.settings, self.step
+        began = time.perf_counter()
+        batches = [self._batch(step, micro) for micro in range(settings.accumulation)]
+        values: dict[str, float] = defaultdict(float)
+        norms: dict[str, float] = {}
+        for turn in self.method.turns(step):
+            role = self.optimizers[turn.role]
+            for batch in batches:
+                stream = RandomStream(settings.seed, step, batch.positions)
+                for loss in turn.losses(batch, stream):
+                    (loss.value / settings.accumulation).backward(inputs=role.tensors)
+                    values[loss.name] += float(loss.value.detach()) / settings.accumulation
+                    for name, value in loss.metrics.items():
+                        values[name] += value / settings.accumulation
+            values[f"{turn.role}_lr"] = role.lr
+            try:
+                norms[f"{turn.role}_grad_norm"] = role.update(self.accelerator)
+            except FloatingPointError as error:
+                raise FloatingPointError(
+                    f"step {step}: the {turn.role}'s gradient is not finite ({dict(values)}); the last checkpoint is "
+                    "intact. Lower the learning rate or the guidance scale and resume."
+                ) from error
+            if turn.role == "student" and self.ema is not None:
+                self.ema.update(role.updates)
+        self.method.end_step()
+        averaged = self._over_ranks(values) | norms
+        averaged["step_seconds"] = time.perf_counter() - began
+        averaged["peak_bytes"] = float(peak_bytes(settings.device))
+        return averaged
+
+    def _batch(self, step: int, micro: int) -> Batch:
+        settings, accelerator = self.settings, self.accelerator
+        batch = self.batches.micro_batch(
+            step,
+            micro,
+            accelerator.process_index,
+            micro_batch_size=settings.micro_batch_size,
+            accumulation=settings.accumulation,
+            world=accelerator.num_processes,
+        )
+        return batch.to(settings.device)
+
+    def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1 or not values:
+            return dict(values)
+        names = sorted(values)
+        packed = torch.tensor([values[name] for name in names], dtype=torch.float32, device=self.settings.device)
+        mean = self.accelerator.reduce(packed, reduction="mean")
+        return dict(zip(names, mean.tolist(), strict=True))
+
+    # --- interruption -----------------------------------------------------------------------------------------------
+
+    def _agree_on_interrupt(self) -> None:
+        """Ranks stop at the same step: a signal may have reached one of them only."""
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor([float(self.interrupted)], device=self.settings.device)
+            self.interrupted = bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
+
+    @contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        def interrupt(number: int, frame: FrameType | None) -> None:
+            if self.interrupted:
+                raise KeyboardInterrupt
+            self.interrupted = True
+
+        before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _detached(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in parameters}
+
+
+@torch.no_grad()
+def _copy_into(parameters: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor], where: str) -> None:
+    names = {name for name, _ in parameters}
+    if names != set(tensors):
+        differing = sorted(names ^ set(tensors))[:3]
+        raise ValueError(f"{where}: the tensors do not fit this model, for example {', '.join(differing)}")
+    for name, parameter in parameters:
+        parameter.copy_(tensors[name])

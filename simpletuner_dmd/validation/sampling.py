@@ -1,0 +1,64 @@
+"""Sampling for people to look at: the same ladder, the same arithmetic and the same noise order as a stock pipeline's.
+
+Shapes: B batch, C channels, F latent frames, H W latent height and width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simpletuner_dmd.flow import (
+    Denoiser,
+    NoiseSource,
+    Schedule,
+    TextEmbedding,
+    euler_sigmas,
+    sample_euler,
+    sample_few_step,
+)
+
+
+def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, NoiseSource]:
+    """The noise that a stock pipeline draws after `torch.manual_seed(seed)`: (first noise, noise of the rungs).
+
+    One generator, in this order: the first noise, then one draw for each rung that is entered. The global generator is
+    left alone. shape: [B, C, F, H, W] of the latents.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    first = torch.randn(tuple(shape), generator=generator, device=device, dtype=torch.float32)
+
+    def fresh(rung: int, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like.device)
+
+    return first, fresh
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How one network is sampled: a few-step ladder, or Euler steps with guidance where the ladder is empty."""
+
+    schedule: Schedule
+    renoise: str = "sde"
+    steps: int = 50
+    guidance: float = 1.0
+
+    @property
+    def forwards(self) -> int:
+        """Steps, as people count them (a guided step is two forwards)."""
+        return len(self.schedule.ladder) or self.steps
+
+    @torch.no_grad()
+    def __call__(
+        self, denoiser: Denoiser, text: TextEmbedding, negative: TextEmbedding, shape: Sequence[int], seed: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """Normalised latents [B, C, F, H, W], fp32; shape is that of the result."""
+        first, fresh = reference_noise(seed, shape, device)
+        if self.schedule.ladder:
+            return sample_few_step(denoiser, first, text.expand(shape[0]), self.schedule, self.renoise, fresh)
+        sigmas = euler_sigmas(self.steps, self.schedule.shift)
+        return sample_euler(denoiser, first, text.expand(shape[0]), negative, sigmas, self.guidance)
