@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.wan.loading import ModelSource, load_text_encoder, load_vae
+from simpletuner_dmd.wan.loading import ModelSource, load_text_encoder, load_vae, vae_config
 from simpletuner_dmd.wan.quantisation import quantise
 
 
@@ -71,6 +71,11 @@ class VideoCodec:
     @property
     def fingerprint(self) -> str:
         return f"wan-vae:{self.source.fingerprint('vae', 'vae')}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The VAE's config.json, without its weights."""
+        return vae_config(self.source)
 
     @property
     def vae(self) -> Any:

@@ -84,12 +84,18 @@ def _from_pretrained(loader: Any, source: ModelSource, part: str, subfolder: str
     try:
         return loader.from_pretrained(**arguments, **more)
     except OSError as error:
-        raise UserError(
-            f"the {subfolder} could not be loaded from {getattr(source, part)!r}: {str(error).splitlines()[0]}",
-            key="pretrained_model_name_or_path" if part == "base" else f"pretrained_{part}_model_name_or_path",
-            fix="give a diffusers model folder or a Hub id that holds this part; without network it must be in the "
-            "local Hub cache already",
-        ) from error
+        raise _not_loaded(source, part, subfolder, error) from error
+
+
+def _not_loaded(source: ModelSource, part: str, subfolder: str, error: OSError) -> UserError:
+    path = getattr(source, part)
+    key = f"pretrained_{'t5' if part == 'text_encoder' else part}_model_name_or_path"
+    return UserError(
+        f"the {subfolder} could not be loaded from {path!r}: {str(error).splitlines()[0]}",
+        key="pretrained_model_name_or_path" if path == source.base else key,
+        fix="give a diffusers model folder or a Hub id that holds this part; without network it must be in the "
+        "local Hub cache already",
+    )
 
 
 def load_transformer(source: ModelSource, dtype: torch.dtype) -> nn.Module:
@@ -127,10 +133,31 @@ def transformer_config(source: ModelSource) -> dict[str, Any]:
     """The transformer's config.json, without its weights."""
     from diffusers import WanTransformer3DModel
 
-    arguments = source.arguments("transformer", "transformer")
-    arguments.pop("variant", None)
+    return _config(WanTransformer3DModel, source, "transformer")
+
+
+def vae_config(source: ModelSource) -> dict[str, Any]:
+    """The VAE's config.json, with the library's defaults for what an old file leaves out, without its weights."""
+    import inspect
+
+    from diffusers import AutoencoderKLWan
+
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(AutoencoderKLWan.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    return defaults | _config(AutoencoderKLWan, source, "vae")
+
+
+def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
+    arguments = source.arguments(part, part)
+    arguments.pop("variant", None)  # variants differ in weights, not in the config
     path = arguments.pop("pretrained_model_name_or_path")
-    return dict(WanTransformer3DModel.load_config(path, **arguments))
+    try:
+        return dict(loader.load_config(path, **arguments))
+    except OSError as error:
+        raise _not_loaded(source, part, part, error) from error
 
 
 def load_pipeline(source: ModelSource, transformer: nn.Module) -> Any:

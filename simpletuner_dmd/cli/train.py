@@ -1,0 +1,74 @@
+"""`simpletuner train`: prepares, trains, validates, exports, loads the export back, and says where everything is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner_dmd.cli.common import add_config_arguments, load_config
+
+if TYPE_CHECKING:
+    from simpletuner_dmd.config import LoadedConfig
+
+INTERRUPTED = 130
+LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 when trained and exported, 130 when interrupted (a checkpoint is saved), 2 for a person's mistake."""
+    loaded = load_config(args)
+    if loaded.config.num_processes > 1 and LAUNCHED not in os.environ:
+        _examine(loaded)
+        from simpletuner_dmd.training.launch import launch
+
+        return launch(loaded.config.num_processes, _arguments_again(args), {LAUNCHED: "1"})
+    if LAUNCHED not in os.environ:
+        _announce(loaded)
+        _examine(loaded)
+    from simpletuner_dmd.cli.run import TrainingRun
+
+    return TrainingRun(loaded).go()
+
+
+def _announce(loaded: LoadedConfig) -> None:
+    print(f"Configuration: {loaded.path}")
+    for line in loaded.differences_from_defaults():
+        print(f"  {line}")
+    for notice in loaded.notices:
+        print(f"  note: {notice}")
+
+
+def _examine(loaded: LoadedConfig) -> None:
+    """Everything that can be known to fail is said before anything is loaded or written."""
+    from simpletuner_dmd.cli.check import folder_problem, model_problems, output_problems
+    from simpletuner_dmd.config import UserError
+
+    problems = [*model_problems(loaded), *output_problems(loaded)]
+    problems += [problem for entry in loaded.datasets if (problem := folder_problem(entry))]
+    if problems:
+        raise UserError(problems)
+
+
+def _arguments_again(args: argparse.Namespace) -> list[str]:
+    chosen: list[Any] = []
+    for name in ("config", "env", "example"):
+        if getattr(args, name):
+            chosen += [f"--{name}", getattr(args, name)]
+    return ["train", *chosen, *(["--demo-if-none"] if args.demo_if_none else []), *args.overrides]
+
+
+def write_resolved(loaded: LoadedConfig, output_dir: Path) -> None:
+    """config.resolved.json: every option with its value and where it came from, and the datasets."""
+    from simpletuner_dmd.training.durable import write_atomically
+
+    resolved = loaded.resolved_json()
+    document = {**resolved["options"], "datasets": {"value": resolved["datasets"], "origin": "data_backend_config"}}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(output_dir / "config.resolved.json", text.encode())
