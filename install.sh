@@ -24,12 +24,11 @@ find_python() {
 }
 
 fingerprint() {
-    cat setup.py pyproject.toml simpletuner_dmd/__init__.py | cksum
-    echo "${SIMPLETUNER_PLATFORM:-}"
+    echo "$(cat setup.py pyproject.toml simpletuner_dmd/__init__.py | cksum) ${SIMPLETUNER_PLATFORM:-found}"
 }
 
 wanted="$(fingerprint)"
-if [[ -x .venv/bin/simpletuner && -f $stamp && "$(head -n 2 $stamp)" == "$wanted" ]]; then
+if [[ -x .venv/bin/simpletuner && -f $stamp && "$(head -n 1 $stamp)" == "$wanted" ]]; then
     if [[ -z $extra ]] || grep -qx "extra $extra" $stamp; then
         exit 0
     fi

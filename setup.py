@@ -48,7 +48,7 @@ EXTRAS = {
     "cpu": [],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
-    "dev": ["pytest>=8.3,<10", "ruff>=0.12", "mypy>=1.16,<3"],
+    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3"],
 }
 
 

@@ -75,8 +75,8 @@ def frame_size(value: Any) -> tuple[int, int]:
         width = height = int(value)
     else:
         raise ValueError('must be "WIDTHxHEIGHT" in pixels, for example "832x480"')
-    if width < 16 or height < 16:
-        raise ValueError("must be at least 16x16 pixels")
+    if not (16 <= width <= 16384 and 16 <= height <= 16384):
+        raise ValueError("must be between 16x16 and 16384x16384 pixels")
     return width, height
 
 

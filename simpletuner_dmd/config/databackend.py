@@ -38,9 +38,12 @@ def _resolution(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number, not true or false")
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError('must be a number, or "WIDTHxHEIGHT" for a prompts dataset') from error
+    if not 0 < number < 1e5:
+        raise ValueError("must be above 0 and below 100000")
+    return number
 
 
 class DatasetEntry(Options):

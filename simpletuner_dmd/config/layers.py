@@ -14,7 +14,7 @@ from typing import Any
 from simpletuner_dmd.config.coerce import FALSE_WORDS, TRUE_WORDS, is_boolean
 from simpletuner_dmd.config.distillation import DmdConfig
 from simpletuner_dmd.config.errors import Problem, UserError
-from simpletuner_dmd.config.read import parse_json, read_json
+from simpletuner_dmd.config.read import is_file, parse_json, read_json
 from simpletuner_dmd.config.schema import TrainConfig
 
 COMMAND_LINE = "command line"
@@ -107,9 +107,9 @@ def bare(key: str) -> str:
 
 
 def _inverted(value: Any) -> Any:
-    word = value.strip().lower() if isinstance(value, str) else value
-    if isinstance(word, bool):
-        return not word
+    if isinstance(value, bool):
+        return not value
+    word = str(value).strip().lower()
     if word in TRUE_WORDS:
         return False
     return True if word in FALSE_WORDS else value
@@ -119,7 +119,7 @@ def _object_or_file(value: str, place: str, folders: tuple[Path, ...]) -> tuple[
     if value.lstrip().startswith("{"):
         return parse_json(value, place, NESTED), place
     for folder in folders:
-        if (folder / value).is_file():
+        if is_file(folder / value):
             return read_json(folder / value, value), value
     looked = ", ".join(str(folder / value) for folder in folders)
     raise UserError(f"found no file {value}; looked for {looked}", file=place, key=NESTED, fix="check the path")
@@ -158,7 +158,7 @@ def find_config(config: str | None, env: str | None, example: str | None, cwd: P
         places = [cwd / "config" / env / "config.json"]
     else:
         places = [cwd / "config" / "config.json", cwd / "config.json"]
-    return next((place for place in places if place.is_file()), None), places
+    return next((place for place in places if is_file(place)), None), places
 
 
 def file_layer(path: Path, name: str, folders: tuple[Path, ...]) -> Layer:

@@ -30,7 +30,7 @@ from simpletuner_dmd.config.layers import (
 )
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
-from simpletuner_dmd.config.read import read_json
+from simpletuner_dmd.config.read import exists, is_file, read_json
 from simpletuner_dmd.config.rules import cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
@@ -166,7 +166,7 @@ def resolve_path(value: str | Path, folders: tuple[Path, ...]) -> Path:
     """The first of `folders` in which the path exists; if it exists nowhere, as it stands in the first."""
     path = Path(value).expanduser()
     candidates = [folder / path for folder in folders]
-    return next((found.resolve() for found in candidates if found.exists()), candidates[0].absolute())
+    return next((found.resolve() for found in candidates if exists(found)), candidates[0].absolute())
 
 
 def _nothing_found(looked: list[Path], cwd: Path) -> UserError:
@@ -247,8 +247,12 @@ def _build(values: dict[str, Any], origins: dict[str, str], name: str, problems:
             config = TrainConfig.model_validate(_nested(remaining))
             break
         except ValidationError as error:
+            before = len(remaining)
             for path, message, fix in refusals(error, TrainConfig):
                 key = ".".join(map(str, path))
+                gone = [k for k in remaining if k == key or k.startswith(key + ".")]
+                if not gone:
+                    continue  # a value that follows from another one, which is reported itself
                 place = origins.get(key) or next((o for k, o in origins.items() if k.startswith(key + ".")), name)
                 if key == NESTED:
                     message = "is given, but distillation_method is not"
@@ -256,10 +260,9 @@ def _build(values: dict[str, Any], origins: dict[str, str], name: str, problems:
                 if not (key == NESTED and "distillation_method" in refused):
                     problems.append(Problem(place, key, message, fix))
                 refused.add(key)
-                gone = [k for k in remaining if k == key or k.startswith(key + ".")]
-                assert gone, f"the default of {key} does not pass its own check: {message}"
                 for k in gone:
                     del remaining[k]
+            assert len(remaining) < before, f"a default does not pass its own check: {error}"
     for problem in cross_problems(config):
         if not (problem.key in refused or problem.key.split(".")[0] in refused):
             place = origins.get(problem.key, name)
@@ -297,7 +300,7 @@ def _load_datasets(
     written = config.data_backend_config
     if written is None:
         path = folders[-1] / DATA_FILE
-        if not path.is_file():
+        if not is_file(path):
             problems.append(
                 Problem(name, "data_backend_config", f"is not set, and there is no {DATA_FILE} beside the config file",
                         'add "data_backend_config": "path/to/multidatabackend.json"')
@@ -305,7 +308,7 @@ def _load_datasets(
             return None, ""
     else:
         path = resolve_path(written, folders)
-        if not path.is_file():
+        if not is_file(path):
             looked = " and ".join(dict.fromkeys(str(folder / Path(written).expanduser()) for folder in folders))
             problems.append(
                 Problem(origins.get("data_backend_config", name), "data_backend_config",
@@ -328,7 +331,7 @@ def _resolve_models(
         if value is None or value == DEMO:
             continue
         path = resolve_path(value, folders)
-        if path.exists():
+        if exists(path):
             setattr(config, key, str(path))
         elif _can_only_be_a_path(value):
             problems.append(
@@ -357,7 +360,7 @@ def _absent_webhook(config: TrainConfig, folders: tuple[Path, ...]) -> list[str]
     if not isinstance(written, str):
         return []
     path = resolve_path(written, folders)
-    if path.is_file():
+    if is_file(path):
         config.webhook_config = str(path)
         return []
     config.webhook_config = None

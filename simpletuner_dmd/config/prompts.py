@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner_dmd.config.errors import Problem, UserError
-from simpletuner_dmd.config.read import read_json
+from simpletuner_dmd.config.read import is_file, read_json
 from simpletuner_dmd.config.schema import TrainConfig
 
 OWN_PROMPT = "validation"
@@ -31,7 +31,7 @@ def read_prompts(config: TrainConfig, resolve: Callable[[str], Path]) -> tuple[d
         prompts.update(BUILT_IN)
     elif isinstance(library, str):
         path = resolve(library)
-        if path.is_file():
+        if is_file(path):
             prompts.update(_prompts_of(read_json(path, library), library))
         else:
             notices.append(f"validation_prompt_library: there is no {library}; its prompts are not rendered.")

@@ -21,6 +21,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a path that cannot exist (too long, a NUL in it) is simply not there."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def exists(path: Path) -> bool:
+    """Whether anything is there; as `is_file` for paths that cannot exist."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 def parse_json(text: str, name: str, key: str = "") -> Any:
     """The value of a JSON text. Raises UserError with line and column, `name` being the file it came from."""
     try:

@@ -92,6 +92,7 @@ def test_disabled_entries_are_left_out_whatever_else_they_hold() -> None:
         ({**VIDEO, "video": {"num_frames": 0}}, "video.num_frames", "at least 1"),
         ({**VIDEO, "video": {"num_frames": 9, "max_frames": 8}}, "video.max_frames", "every clip"),
         ({**VIDEO, "resolution": "832x480"}, "resolution", "one number"),
+        ({**VIDEO, "resolution": 0}, "resolution", "above 0"),
         ({**VIDEO, "caption_shuffle": {"enable": True}}, "caption_shuffle", "not available yet"),
         ({"id": "clips", "dataset_type": "video"}, "instance_data_dir", "missing"),
         ({**PROMPTS, "id": "clips", "resolution": 480}, "resolution", "both sides"),

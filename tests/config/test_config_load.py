@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simpletuner_dmd.config import LoadedConfig, UserError, load
+from simpletuner_dmd.config import DmdConfig, LoadedConfig, TrainConfig, UserError, load
 
 DATASET = {"id": "clips", "type": "local", "dataset_type": "video", "instance_data_dir": "videos"}
 DMD = {"distillation_method": "dmd"}
@@ -361,3 +361,22 @@ def test_the_configuration_is_read_without_torch() -> None:
     code = "import sys, simpletuner_dmd.config; print(sorted({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+ODD_VALUES = [
+    "", 0, -1, 1.5, True, "x", "1e5", "1e999", "9" * 400, 10**30, "\x00", "{", "[1",
+    [], [1, 2], ["a"], [[1]], {}, {"a": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ODD_VALUES, ids=lambda value: repr(value)[:12])
+def test_whatever_is_written_the_answer_is_a_sentence(home: Path, value: object) -> None:
+    """No value of any option ends in anything but a configuration or a UserError."""
+    keys = [*TrainConfig.model_fields, "ignore_final_epochs", "user_prompt_library"]
+    attempts = [{**DMD, key: value} for key in keys]
+    attempts += [{**DMD, "distillation_config": {key: value}} for key in DmdConfig.model_fields]
+    for content in attempts:
+        try:
+            json.dumps(loaded(home, content).resolved_json())
+        except UserError as error:
+            assert str(error)
