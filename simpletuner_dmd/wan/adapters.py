@@ -8,6 +8,7 @@ the adapter layers, and checkpointing goes through `BlockRunner`, which restores
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class AdapterSwitch:
         self.transformer = transformer
         transformer.requires_grad_(False)
         for name, spec in specs.items():
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
                 torch.manual_seed(derive_seed(seed, "adapter", name))
                 transformer.add_adapter(_lora_config(spec), adapter_name=name)
         self.layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
