@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def model_path() -> Path:
     """The tiny Wan: a diffusers pipeline folder that `WanPipeline.from_pretrained` opens."""
-    return HERE / "model"
+    return HERE / "tiny-wan"
 
 
 def prompts_path() -> Path:
