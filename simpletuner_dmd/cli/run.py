@@ -66,7 +66,7 @@ class TrainingRun:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_resolved(loaded, self.output_dir)
         data = self._prepare_data()
-        scenes = [] if config.validation_disable else self.assembly.scenes(data)
+        scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
         method = self.assembly.method(roles)
         steps = self._total_steps(data)

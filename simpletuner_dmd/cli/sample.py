@@ -42,11 +42,12 @@ def run(args: argparse.Namespace) -> int:
     config.validation_seed, config.num_validation_images = args.seed, 1
     loaded.validation_prompts = {f"{index:02d}-{prompt[:40]}": prompt for index, prompt in enumerate(args.prompt)}
     assembly = Assembly(loaded, Accelerator(cpu=not cuda.is_available()).device)
-    data = assembly.data(args.prompt, training=False)
-    scenes = assembly.scenes(data)
+    embeddings = assembly.embed([*args.prompt, assembly.negative_prompt])
+    scenes = assembly.scenes(embeddings.__getitem__)
+    negative = embeddings[assembly.negative_prompt]
     out = args.out or folder / "samples"
     renderer = Renderer(
-        out, scenes, data.negative_text, assembly.codec.decode, lambda row: None, config.framerate, assembly.device
+        out, scenes, negative, assembly.codec.decode, lambda row: None, config.framerate, assembly.device
     )
     with student_of(assembly, state, raw=args.raw) as (roles, averaged), roles.evaluating():
         kind = "student-ema" if averaged else "student"
