@@ -335,7 +335,9 @@ class TrainingRun:
             shipper.export(folder, roles, data, steps=trainer.optimizers["student"].updates, averaged=ema is not None)
             reference = shipper.reference(roles, *check_text(data))
         verdict = shipper.load_back(folder, reference)
-        tracking.event("export", step=trainer.step, passed=verdict.passed, max_relative_error=verdict.max_relative_error)
+        tracking.event(
+            "export", step=trainer.step, passed=verdict.passed, max_relative_error=verdict.max_relative_error
+        )
         if not verdict.passed:
             raise RuntimeError(f"the export does not reproduce the training sampler: {verdict.message}")
         self.say(f"Export loaded back: {verdict.message}")
