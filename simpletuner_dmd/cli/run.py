@@ -25,7 +25,6 @@ from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.distill.dmd import DMD
 from simpletuner_dmd.distill.supervised import Supervised
-from simpletuner_dmd.flow import TIMESTEPS
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import Ema
