@@ -67,6 +67,7 @@ def gap_closed(student: float, undistilled: float, floor: float) -> float:
 LEAST_CHROMA = 30.0  # length of a pixel's RGB without its grey part, of 255; noise stays below, objects are above 100
 AREA = (0.01, 0.35)  # share of the picture that may be the object: the demo draws 4% to 10%
 WIDEST_HUE = 45.0  # degrees between a hue and the colour it is called by; neighbours are 54 or more apart
+SQUARE_BELOW = -0.15  # see _shape; between what the demo's VAE makes of squares (-0.39 to -0.15) and discs (-0.15 to 0)
 LEAST_TRAVEL = 4.0  # pixels between the first and the last frame that count as motion; the demo moves by 12 to 26
 
 
@@ -89,7 +90,7 @@ def read_clip(frames_THW3: np.ndarray) -> Observation:
     """Reads one clip [T, H, W, 3] uint8.
 
     The object is what has a hue, the background being grey; its colour is the nearest of the demo's hues, its direction
-    the main axis of its centre's displacement, its shape whichever of a disc and a square of its area fits it better.
+    the main axis of its centre's displacement, its shape by how far the outline reaches into four corners.
     """
     cover_THW, hue_vector = _object_cover(frames_THW3)
     inside_THW = cover_THW > 0.5
@@ -215,27 +216,25 @@ def _direction(displacement: tuple[float, float]) -> str | None:
 
 
 def _shape(cover_THW: np.ndarray) -> str | None:
-    """The better fit, over all frames, of a disc and an upright square of the object's own area and centre.
+    """By the fourfold part of the outline, sum(r^4 cos 4a) / sum(r^4) over the object, averaged over the frames.
 
-    A blurred outline misses both by as much, where the fill of a bounding box (0.785 and 1) falls for a square too.
+    0 for a disc, -0.43 for an upright square. The fill of a bounding box (0.785 and 1) is spoilt by a few loose pixels,
+    and the fit of an ideal disc or square of the same area by the round corners that the VAE leaves: it called 10 of
+    128 encoded and decoded clips wrong, where this calls 1.
     """
-    misfit = {"circle": 0.0, "square": 0.0}
+    fourfold = []
     for cover in cover_THW:
         centre = _centre(cover)
         if centre is None:
             continue
-        area = float((cover > 0.5).sum())
         y, x = np.mgrid[0 : cover.shape[0], 0 : cover.shape[1]]
-        dx, dy = np.abs(x - centre[0]), np.abs(y - centre[1])
-        outlines = {
-            "circle": math.sqrt(area / math.pi) - np.hypot(dx, dy),
-            "square": math.sqrt(area) / 2 - np.maximum(dx, dy),
-        }
-        for name, depth in outlines.items():
-            misfit[name] += float(np.abs(cover - np.clip(0.5 + depth, 0.0, 1.0)).sum())
-    if not any(misfit.values()):
+        dx, dy = x - centre[0], y - centre[1]
+        weight = np.where(cover > 0.5, cover, 0.0)
+        cosine = weight * (dx**4 - 6 * dx**2 * dy**2 + dy**4)
+        fourfold.append(cosine.sum() / (weight * (dx**2 + dy**2) ** 2).sum())
+    if not fourfold:
         return None
-    return min(misfit, key=lambda name: misfit[name])
+    return "square" if float(np.mean(fourfold)) < SQUARE_BELOW else "circle"
 
 
 def _hsv_saturation(rgb_N3: np.ndarray) -> np.ndarray:
