@@ -8,6 +8,7 @@ flag on the adapter layers, and checkpointing goes through `BlockRunner`, which 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,8 @@ class AdapterSwitch:
         transformer.requires_grad_(False)
         network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
                 torch.manual_seed(derive_seed(seed, "adapter", name))
                 network.add_adapter(_lora_config(spec), adapter_name=name)
         self.layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ TEACHER = GaussianTeacher(MEAN, VARIANCE * torch.eye(2))
 
 def noise_of(seed: int, count: int) -> Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def renoise_of(stream: RandomStream, rung: int, like: Tensor) -> Tensor:
+    return stream.normal(SHAPE, f"rollout/renoise {rung}")
 
 
 # --- backward simulation ----------------------------------------------------------------------------------------------
@@ -102,7 +107,7 @@ def test_a_rollout_goes_where_the_sampler_goes() -> None:
                 batch.text,
                 Schedule(ladder=LADDER[: rollout.exit_rung + 1]),
                 renoise,
-                lambda rung, like, stream=stream: stream.normal(SHAPE, f"rollout/renoise {rung}"),  # type: ignore[misc]
+                partial(renoise_of, stream),
             )
             assert torch.equal(rollout.x0, sampled)
 
@@ -123,7 +128,7 @@ def test_data_latents_are_noised_to_the_exit() -> None:
         roll_out(TEACHER, make_batch(2, SHAPE), RandomStream(0, 0, (0, 1)), settings, "rollout", CPU, True)
 
 
-# --- the sampler on a Gaussian ------------------------------------------------------------------------------------------
+# --- the sampler on a Gaussian --------------------------------------------------------------------------------------
 
 
 @dataclass
