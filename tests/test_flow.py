@@ -269,7 +269,8 @@ def test_transitions() -> None:
 def test_the_few_step_sampler_walks_down_and_stops_where_told() -> None:
     schedule = Schedule(ladder=(1.0, 0.75, 0.25))
     for stop_at, runs in ((None, 3), (2, 2), (1, 1), (0, 0)):
-        network, entered = Recorder(), []
+        network = Recorder()
+        entered: list[int] = []
 
         def fresh(rung: int, like: Tensor, entered: list[int] = entered) -> Tensor:
             entered.append(rung)

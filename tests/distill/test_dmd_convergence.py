@@ -152,7 +152,7 @@ def test_a_critic_alone_learns_the_velocity_of_the_students_samples() -> None:
         spread = ((1 - sigma) ** 2 * 0.49 + sigma**2) ** 0.5
         x_t = (1 - sigma) * mean[:, None, None, None] + spread * noise
         exact = gaussian_velocity(x_t, sigma_B, mean, 0.49 * torch.eye(2))
-        excess = (critic.velocity(x_t, sigma_B, text_of(1.0, 512)) - exact).pow(2).mean()
+        excess = (critic.velocity(x_t, sigma_B, text_of(1.0, 512)).detach() - exact).pow(2).mean()
         assert float(excess) < 0.02, f"at sigma {sigma}"
 
 
@@ -169,9 +169,9 @@ class FixedLevel(FastStream):
 class PointMass(nn.Module):
     """Velocity of all mass at one point: (mean, far); `far` does not move and makes DMD's normaliser a constant."""
 
-    def __init__(self, mean: float, far: float, as_student: bool) -> None:
+    def __init__(self, mean: float, far: float) -> None:
         super().__init__()
-        self.mean, self.far, self.as_student = nn.Parameter(torch.tensor([mean])), torch.tensor([far]), as_student
+        self.mean, self.far = nn.Parameter(torch.tensor([mean])), torch.tensor([far])
 
     def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
         point = torch.cat([self.mean, self.far])[None, :, None, None, None]
@@ -181,8 +181,8 @@ class PointMass(nn.Module):
 def overshoot(interval: int, rate: float = 0.01) -> float:
     """How far the student's mean, which starts at 1, goes below the teacher's 0, with equal rates per update."""
     far = 1000.0
-    teacher: Denoiser = PointMass(0.0, 0.0, False)
-    student, critic = PointMass(1.0, far, True), PointMass(1.0, far, False)
+    teacher: Denoiser = PointMass(0.0, 0.0)
+    student, critic = PointMass(1.0, far), PointMass(1.0, far)
     method = DMD(teacher, student, critic, settings(interval=interval), CPU)
     # Over its 2 elements the student's loss has slope (m_F - m_T) / (far / 2) / 2, the critic's (m_F - m_G) / s^2.
     critic_sigma = 0.5
@@ -199,7 +199,7 @@ def overshoot(interval: int, rate: float = 0.01) -> float:
 
 def test_at_equal_rates_the_critic_needs_four_updates_per_student_update() -> None:
     """lambda^2 + K b lambda + K a b = 0 has real roots, hence no overshoot, iff K b >= 4 a."""
-    assert overshoot(3) == pytest.approx(0.0059, abs=0.0025)
-    assert overshoot(4) < 5e-4
+    assert overshoot(3) == pytest.approx(0.0059, abs=0.001)
+    assert overshoot(4) < 1e-4
     assert overshoot(5) < 1e-5
     assert overshoot(1) > 0.1
