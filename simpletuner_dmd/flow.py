@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -230,7 +231,8 @@ def few_step_transition(x_t: Tensor, x0: Tensor, velocity: Tensor, sigma: float,
                         renoise: str, noise: Callable[[], Tensor]) -> Tensor:  # fmt: skip
     """One rung of the student's sampler: from x_t at `sigma` to the next rung `to`.
 
-    "sde": (1 - s') x0 + s' e with fresh e (consistency sampling); "ode": x_t + (s' - s) v (Euler). At s' = 0 both are x0.
+    "sde": (1 - s') x0 + s' e with fresh e (consistency sampling); "ode": x_t + (s' - s) v (Euler).
+    At s' = 0 both are x0.
     """
     if to == 0.0:
         return x0
@@ -259,8 +261,8 @@ def sample_few_step(
         sigma_B = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
         velocity = denoiser.velocity(x, sigma_B, text)
         x0 = x0_from_velocity(x, velocity, sigma_B)
-        to, entering = schedule.next_sigma(rung), rung + 1
-        x = few_step_transition(x, x0, velocity, sigma, to, renoise, lambda at=entering, like=x0: fresh_noise(at, like))
+        noise = partial(fresh_noise, rung + 1, x0)
+        x = few_step_transition(x, x0, velocity, sigma, schedule.next_sigma(rung), renoise, noise)
     return x
 
 

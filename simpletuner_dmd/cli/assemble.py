@@ -98,7 +98,9 @@ class Assembly:
         config = self.config
         transformer = load_transformer(self.source, self.dtype)
         if quantised and config.base_model_precision != "no_change":
-            quantise(transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None)
+            quantise(
+                transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
+            )
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
@@ -164,7 +166,9 @@ class Assembly:
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
         config = self.config
-        return Sampler(Schedule(self.schedule.shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance)
+        return Sampler(
+            Schedule(self.schedule.shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance
+        )
 
     # --- the method -------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,9 @@ def open_checkpoint(folder: Path, which: str) -> CheckpointState:
 def student_of(assembly: Assembly, state: CheckpointState, *, raw: bool) -> Iterator[tuple[Roles, bool]]:
     """(roles with the checkpoint's student in place, whether it is the average)."""
     roles, _ = assembly.roles()
-    roles.load_tensors("student", {name: tensor.to(assembly.device) for name, tensor in state.tensors["student"].items()})
+    roles.load_tensors(
+        "student", {name: tensor.to(assembly.device) for name, tensor in state.tensors["student"].items()}
+    )
     if raw or state.ema is None:
         yield roles, False
         return

@@ -1,4 +1,4 @@
-"""Where the embedded tiny Wan, its prompts and its videos are; `python -m simpletuner_dmd.demo.path [--data]` prints it."""
+"""Where the embedded tiny Wan, its prompts and its videos are. `python -m simpletuner_dmd.demo.path` prints it."""
 
 from __future__ import annotations
 

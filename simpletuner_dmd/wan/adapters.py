@@ -1,9 +1,9 @@
 """LoRA adapters on a shared Wan base, and the switch that says which of them a forward sees.
 
 PEFT's own `set_adapter` toggles requires_grad, which silently leaves gradients None when the role changes between a
-forward and its backward; and standard gradient checkpointing recomputes under whatever adapter is active by then, which
-silently gives gradients that are wrong by more than their own size. So requires_grad is set once, switching is a flag on
-the adapter layers, and checkpointing goes through `BlockRunner`, which restores the state of the forward.
+forward and its backward; and standard gradient checkpointing recomputes under whatever adapter is active by then,
+which silently gives gradients that are wrong by more than their own size. So requires_grad is set once, switching is a
+flag on the adapter layers, and checkpointing goes through `BlockRunner`, which restores the state of the forward.
 """
 
 from __future__ import annotations
@@ -46,11 +46,12 @@ class AdapterSwitch:
     def __init__(self, transformer: nn.Module, specs: dict[str, AdapterSpec], seed: int) -> None:
         self.transformer = transformer
         transformer.requires_grad_(False)
+        network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
                 torch.manual_seed(derive_seed(seed, "adapter", name))
-                transformer.add_adapter(_lora_config(spec), adapter_name=name)
+                network.add_adapter(_lora_config(spec), adapter_name=name)
         self.layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]
         for parameter_name, parameter in transformer.named_parameters():
             adapter = adapter_of(parameter_name, specs)
@@ -93,7 +94,9 @@ class AdapterSwitch:
 
 def adapter_of(parameter_name: str, adapters: Sequence[str] | dict[str, Any]) -> str | None:
     """Which adapter a parameter belongs to; None for the base."""
-    return next((adapter for adapter in adapters if f".{adapter}." in parameter_name and "lora_" in parameter_name), None)
+    if "lora_" not in parameter_name:
+        return None
+    return next((adapter for adapter in adapters if f".{adapter}." in parameter_name), None)
 
 
 def _lora_config(spec: AdapterSpec) -> LoraConfig:
@@ -115,7 +118,8 @@ class BlockRunner:
 
     def __init__(self, transformer: nn.Module, switch: AdapterSwitch | None, checkpointing: bool) -> None:
         self.switch, self.checkpointing = switch, checkpointing
-        transformer.enable_gradient_checkpointing(gradient_checkpointing_func=self)
+        network: Any = transformer  # a stock WanTransformer3DModel
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=self)
 
     def __call__(self, block: nn.Module, *arguments: Any) -> Tensor:
         if not self.checkpointing:

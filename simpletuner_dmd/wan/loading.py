@@ -177,14 +177,15 @@ def choose_attention(transformer: nn.Module, mechanism: str) -> str | None:
     """Sets the attention kernel; where it cannot run here, keeps PyTorch's own and returns a line that says so."""
     if mechanism.startswith("sage"):
         return (
-            f"attention_mechanism {mechanism}: SageAttention has no backward pass and teacher, student and critic share "
-            "their layers here, so PyTorch's attention is used"
+            f"attention_mechanism {mechanism}: SageAttention has no backward pass and teacher, student and critic "
+            "share their layers here, so PyTorch's attention is used"
         )
     backend = ATTENTION_BACKENDS[mechanism]
     if backend is None:
         return None
+    network: Any = transformer  # a stock WanTransformer3DModel
     try:
-        transformer.set_attention_backend(backend)
+        network.set_attention_backend(backend)
     except (ImportError, RuntimeError, ValueError) as error:
         return (
             f"attention_mechanism {mechanism} cannot run here ({str(error).splitlines()[0]}); "

@@ -29,7 +29,7 @@ class WanDenoiser:
     ) -> None:
         self.transformer, self.switch, self.adapter, self.autocast = transformer, switch, adapter, autocast
         # The patch embedding is never quantised and never kept back in fp32: its dtype is that of the activations.
-        self.weight: Tensor = transformer.patch_embedding.weight
+        self.weight: Tensor = transformer.get_parameter("patch_embedding.weight")
 
     def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
         dtype, device = self.weight.dtype, self.weight.device
@@ -163,20 +163,20 @@ def self_test(
                     raise SelfTestError(f"the {name} does not start as the teacher: relative difference {difference:g}")
                 lines.append(f"self-test: the {name} starts {difference:.2e} (relative) away from the teacher")
     target = torch.randn(x_t_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(x_t_BCFHW.device)
-    everything = [(name, p) for role_parameters in roles.parameters.values() for name, p in role_parameters]
+    # Every parameter there is, frozen base included: a gradient where none belongs must be seen.
+    everything = [item for network in roles.transformers() for item in network.named_parameters()]
     for name, role in moving.items():
-        own = roles.parameters[name]
         loss = (role.velocity(x_t_BCFHW, sigma_B, text) - target).pow(2).mean()
-        loss.backward(inputs=[parameter for _, parameter in own])
-        own_ids = {id(parameter) for _, parameter in own}
+        if not loss.requires_grad:
+            raise SelfTestError(f"a {name} update misses all of its parameters: they are frozen")
+        loss.backward()
+        own_ids = {id(parameter) for _, parameter in roles.parameters[name]}
         for parameter_name, parameter in everything:
-            reached = parameter.grad is not None
-            if reached != (id(parameter) in own_ids):
-                raise SelfTestError(f"a {name} update {'reaches' if reached else 'misses'} {parameter_name}")
+            gradient, parameter.grad = parameter.grad, None
+            if (gradient is not None) != (id(parameter) in own_ids):
+                raise SelfTestError(f"a {name} update {'misses' if gradient is None else 'reaches'} {parameter_name}")
             zero_initialised = "lora_B" in parameter_name and fresh
-            if reached and zero_initialised and not bool(parameter.grad.any()):  # type: ignore[union-attr]
+            if gradient is not None and zero_initialised and not bool(gradient.any()):
                 raise SelfTestError(f"{parameter_name} of the {name} would never move: its gradient is exactly zero")
-        for _, parameter in own:
-            parameter.grad = None
     lines.append("self-test: gradients reach exactly the moving role")
     return lines
