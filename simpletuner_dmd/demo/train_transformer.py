@@ -63,6 +63,7 @@ def train_transformer(
     )
     optimizer.schedule(lambda step: min(1.0, (step + 1) / 50) * max(0.0, 1 - step / steps))
     negative = TextEmbedding(data.text[-1:])
+    channels, frames, height, width = data.latents.shape[1:]
     losses: list[float] = []
     began = time.perf_counter()
     for step in range(steps):
@@ -71,7 +72,7 @@ def train_transformer(
             positions=tuple(range(batch)),
             text=TextEmbedding(data.text[data.captions_N[chosen]]),
             negative_text=negative,
-            latent_shape=tuple(data.latents.shape[1:]),
+            latent_shape=(channels, frames, height, width),
             latents_BCFHW=data.latents[chosen],
         )
         for turn in method.turns(step):

@@ -281,7 +281,9 @@ def test_disk_full_while_checkpointing(
     assert_same_bits(project.exported(), straight.exported())
 
 
-def test_disk_full_while_exporting(make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_while_exporting(
+    make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from simpletuner_dmd.publish import export
 
     def full(*_: object, **__: object) -> None:
@@ -299,7 +301,9 @@ def test_disk_full_while_exporting(make_project: ProjectMaker, capsys: Capture, 
     assert project.rows("export")[-1]["passed"]
 
 
-def test_disk_full_while_rendering(make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_full_while_rendering(
+    make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from simpletuner_dmd.validation import render
 
     def full(*_: object, **__: object) -> None:
@@ -341,5 +345,3 @@ def test_the_only_checkpoint_is_half_written(
     assert "checkpoint-000006" in caplog.text and "half-written" in caplog.text
     assert project.rows("start")[-1]["resumed_at"] == 0
     assert_same_bits(project.exported(), before)
-
-

@@ -17,7 +17,9 @@ def test_two_processes_equal_one(make_project: ProjectMaker) -> None:
     one = make_project("one", train_batch_size=4, **OPTIONS)
     assert one.train() == 0
     two = make_project("two", train_batch_size=2, num_processes=2, **OPTIONS)
-    finished = subprocess.run(two.command(), env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    finished = subprocess.run(
+        two.command(), env=environment(), capture_output=True, text=True, timeout=240, check=False
+    )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     for role in ("student", "critic"):
         assert largest_difference(two.trained(role), one.trained(role)) < TOLERANCE
