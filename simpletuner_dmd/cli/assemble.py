@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from simpletuner_dmd.demo import path as demo_path
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
-from simpletuner_dmd.flow import TIMESTEPS, Schedule
+from simpletuner_dmd.flow import TIMESTEPS, Schedule, TextEmbedding
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.adapters import AdapterSpec
@@ -97,7 +98,9 @@ class Assembly:
         config = self.config
         transformer = load_transformer(self.source, self.dtype)
         if quantised and config.base_model_precision != "no_change":
-            quantise(transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None)
+            quantise(
+                transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
+            )
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
@@ -163,7 +166,9 @@ class Assembly:
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
         config = self.config
-        return Sampler(Schedule(self.schedule.shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance)
+        return Sampler(
+            Schedule(self.schedule.shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance
+        )
 
     # --- the method -------------------------------------------------------------------------------------------------
 
@@ -213,22 +218,28 @@ class Assembly:
         config = self.config
         return config.distillation_method is None or config.dmd.rollout == "data_latent"
 
-    def data(self, extra_prompts: list[str], *, training: bool = True, progress: bool = True) -> PreparedData:
-        """Caches filled, batches planned. Encoders are loaded only if something is missing, and dropped afterwards.
+    def embed(self, prompts: list[str]) -> dict[str, TextEmbedding]:
+        """Prompts outside any dataset, padded as the transformer takes them; not cached."""
+        embeddings = {}
+        for prompt, rows_LD in zip(prompts, self.text_encoder(prompts), strict=True):
+            padded = torch.zeros(1, self.config.tokenizer_max_length, rows_LD.shape[1])
+            padded[0, : len(rows_LD)] = rows_LD
+            embeddings[prompt] = TextEmbedding(padded)
+        self.text_encoder.unload()
+        return embeddings
 
-        training: False prepares the prompts alone.
-        """
+    def data(self, extra_prompts: list[str], *, progress: bool = True) -> PreparedData:
+        """Caches filled, batches planned. Encoders are loaded only if something is missing, and dropped afterwards."""
         config = self.config
-        datasets = self.loaded.datasets if training else []
         prepared = prepare(
-            [*datasets, self.loaded.text_embeds],
+            [*self.loaded.datasets, self.loaded.text_embeds],
             config,
             encode_text=self.text_encoder,
             encode_video=self.codec.encode if self.needs_latents else None,
             text_fingerprint=self.text_encoder.fingerprint,
             vae_fingerprint=self.codec.fingerprint,
             latent_geometry=self.geometry,
-            needs_latents=training and self.needs_latents,
+            needs_latents=self.needs_latents,
             negative_prompt=self.negative_prompt,
             extra_prompts=extra_prompts,
             max_latent_frames=None if config.distillation_method is None else config.dmd.num_training_frames,
@@ -240,14 +251,14 @@ class Assembly:
 
     # --- validation -------------------------------------------------------------------------------------------------
 
-    def scenes(self, data: PreparedData) -> list[Scene]:
-        """Every prompt at every size with every seed."""
+    def scenes(self, embedding: Callable[[str], TextEmbedding]) -> list[Scene]:
+        """Every validation prompt at every size with every seed; `embedding` gives a prompt's."""
         config, geometry = self.config, self.geometry
         return [
             Scene(
                 name=name,
                 prompt=prompt,
-                text=data.text(prompt),
+                text=embedding(prompt),
                 size=(width, height, config.validation_num_video_frames),
                 latent_shape=geometry.latent_shape(
                     *self.fitting(width, height), geometry.round_frames(config.validation_num_video_frames)

@@ -38,3 +38,12 @@ def load_config(args: argparse.Namespace) -> LoadedConfig:
         example=args.example,
         demo_if_none=args.demo_if_none,
     )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds what names a run and one of its checkpoints."""
+    parser.add_argument("run", metavar="RUN", help="the output folder of a run, for example output/demo")
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="NAME", help="latest (default), best, or a checkpoint"
+    )
+    parser.add_argument("--raw", action="store_true", help="the trained weights even where there is an average (EMA)")

@@ -25,7 +25,6 @@ from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.distill.dmd import DMD
 from simpletuner_dmd.distill.supervised import Supervised
-from simpletuner_dmd.flow import TIMESTEPS
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import Ema
@@ -66,7 +65,7 @@ class TrainingRun:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             write_resolved(loaded, self.output_dir)
         data = self._prepare_data()
-        scenes = [] if config.validation_disable else self.assembly.scenes(data)
+        scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
         method = self.assembly.method(roles)
         steps = self._total_steps(data)
@@ -335,7 +334,9 @@ class TrainingRun:
             shipper.export(folder, roles, data, steps=trainer.optimizers["student"].updates, averaged=ema is not None)
             reference = shipper.reference(roles, *check_text(data))
         verdict = shipper.load_back(folder, reference)
-        tracking.event("export", step=trainer.step, passed=verdict.passed, max_relative_error=verdict.max_relative_error)
+        tracking.event(
+            "export", step=trainer.step, passed=verdict.passed, max_relative_error=verdict.max_relative_error
+        )
         if not verdict.passed:
             raise RuntimeError(f"the export does not reproduce the training sampler: {verdict.message}")
         self.say(f"Export loaded back: {verdict.message}")

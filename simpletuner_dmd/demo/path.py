@@ -1,4 +1,4 @@
-"""Where the embedded tiny Wan, its prompts and its videos are; `python -m simpletuner_dmd.demo.path [--data]` prints it."""
+"""Where the embedded tiny Wan, its prompts and its videos are. `python -m simpletuner_dmd.demo.path` prints it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def model_path() -> Path:
     """The tiny Wan: a diffusers pipeline folder that `WanPipeline.from_pretrained` opens."""
-    return HERE / "model"
+    return HERE / "tiny-wan"
 
 
 def prompts_path() -> Path:

@@ -51,9 +51,7 @@ ALL_COMBINATIONS = tuple(Combination(*parts) for parts in product(SHAPES, COLOUR
 TRAINING_COMBINATIONS = tuple(c for c in ALL_COMBINATIONS if not c.held_out)
 
 
-def draw_clip(
-    combination: Combination, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE
-) -> np.ndarray:
+def draw_clip(combination: Combination, rng: np.random.Generator, frames: int = FRAMES, size: int = SIZE) -> np.ndarray:
     """One clip of `combination` with random start, speed, size and background.
 
     Returns [frames, size, size, 3] uint8. The whole path lies inside the picture.

@@ -82,6 +82,8 @@ def train_transformer(
         optimizer.step()
         if (step + 1) % log_every == 0:
             recent = sum(losses[-log_every:]) / log_every
-            print(f"transformer step {step + 1}/{steps} loss {recent:.4f} {time.perf_counter() - began:.0f}s", flush=True)
+            print(
+                f"transformer step {step + 1}/{steps} loss {recent:.4f} {time.perf_counter() - began:.0f}s", flush=True
+            )
     transformer.save_pretrained(pipeline / "transformer")
     return sum(losses[-100:]) / len(losses[-100:])

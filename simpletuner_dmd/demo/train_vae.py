@@ -105,9 +105,7 @@ def train_vae(out: Path, *, seed: int = 0, steps: tuple[int, int, int] = (450, 4
             print(f"vae step {step}/{total} mse {error.pow(2).mean():.5f} kl {kl:.3f} {seconds:.0f}s", flush=True)
     vae.eval().requires_grad_(False)
     with torch.no_grad():
-        latents = torch.cat(
-            [vae.encode(part).latent_dist.mode() for part in clips_to_pixels(training[:512]).split(16)]
-        )
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in clips_to_pixels(training[:512]).split(16)])
     mean, std = latents.mean(dim=(0, 2, 3, 4)), latents.std(dim=(0, 2, 3, 4))
     finished = build_vae(mean.tolist(), std.tolist())
     finished.load_state_dict(vae.state_dict())

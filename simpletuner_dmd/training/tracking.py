@@ -65,7 +65,7 @@ class Tracking:
         self._row({"event": "step", "step": step, **numbers})
         self._mirror({key: value for key, value in numbers.items() if value is not None}, step)
 
-    def event(self, name: str, **fields: Any) -> None:
+    def event(self, name: str, /, **fields: Any) -> None:
         """One row {"event": name, …}: a start, a resume, a checkpoint, a warning."""
         self._row({"event": name, **fields})
 

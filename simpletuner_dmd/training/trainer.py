@@ -1,7 +1,7 @@
 """The one training loop. It knows turns, losses and parameters; no formula and no model's name.
 
-    for step: for turn of the method: for micro-batch: backward each named loss into the moving role's parameters,
-              average over ranks, clip, update; then EMA, log, checkpoint, validation.
+for step: for turn of the method: for micro-batch: backward each named loss into the moving role's parameters,
+          average over ranks, clip, update; then EMA, log, checkpoint, validation.
 """
 
 from __future__ import annotations

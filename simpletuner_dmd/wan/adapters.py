@@ -49,7 +49,7 @@ class AdapterSwitch:
         network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are the point
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # two adapters are meant
                 torch.manual_seed(derive_seed(seed, "adapter", name))
                 network.add_adapter(_lora_config(spec), adapter_name=name)
         self.layers = [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]

@@ -1,0 +1,210 @@
+"""The demo's measures against closed forms and against clips whose content is known."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from simpletuner_dmd.demo import measures, shapes
+from simpletuner_dmd.demo.measures import Observation, energy_distance, gap_closed, obedience, obeys, read_clip
+
+# --- energy distance ------------------------------------------------------------------------------------------------
+
+
+def normal(count, dimension, seed, mean=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    return mean + torch.randn(count, dimension, generator=generator, dtype=torch.float64)
+
+
+def mean_absolute_normal(mean, spread):
+    """E|z| of z ~ N(mean, spread^2), the folded normal's mean."""
+    z = mean / spread
+    return spread * math.sqrt(2 / math.pi) * math.exp(-(z**2) / 2) + mean * math.erf(z / math.sqrt(2))
+
+
+def test_energy_distance_of_two_gaussians_is_the_closed_form():
+    # In one dimension x - y ~ N(d, 2): 2 E|x - y| - E|x - x'| - E|y - y'| in terms of the folded normal.
+    shift = 1.5
+    expected = 2 * mean_absolute_normal(shift, math.sqrt(2)) - 2 * mean_absolute_normal(0.0, math.sqrt(2))
+    actual = energy_distance(normal(4000, 1, 0), normal(3000, 1, 1, mean=shift))
+    assert actual == pytest.approx(expected, rel=0.05)
+
+
+def test_energy_distance_equals_plain_sums():
+    x, y = normal(7, 5, 0), normal(4, 5, 1, mean=0.3)
+
+    def mean_distance(pairs):
+        distances = [float((a - b).norm()) for a, b in pairs]
+        return sum(distances) / len(distances)
+
+    expected = (
+        2 * mean_distance([(a, b) for a in x for b in y])
+        - mean_distance([(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+        - mean_distance([(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    ) / math.sqrt(5)
+    assert energy_distance(x, y) == pytest.approx(expected, abs=1e-12)
+
+
+def test_energy_distance_is_unbiased_where_the_distributions_are_equal():
+    # The biased form (a sample meets itself) would average to about 2 * sqrt(2) / 20 = 0.14.
+    values = [energy_distance(normal(20, 8, 2 * seed), normal(20, 8, 2 * seed + 1)) for seed in range(200)]
+    standard_error = np.std(values) / math.sqrt(len(values))
+    assert abs(np.mean(values)) < 3 * standard_error
+    assert standard_error < 0.003
+    assert min(values) < 0 < max(values)
+
+
+def test_energy_distance_knows_neither_order_nor_side_nor_chunks(monkeypatch):
+    x, y = normal(33, 6, 0).reshape(33, 2, 3), normal(17, 6, 1, mean=0.5).reshape(17, 2, 3)
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(2))
+    whole = energy_distance(x, y)
+    assert energy_distance(x[order], y) == pytest.approx(whole, abs=1e-12)
+    assert energy_distance(y, x) == pytest.approx(whole, abs=1e-12)
+    monkeypatch.setattr(measures, "CHUNK", 5)
+    assert energy_distance(x, y) == pytest.approx(whole, abs=1e-12)
+
+
+def test_energy_distance_does_not_grow_with_the_dimension():
+    """Divided by sqrt(dimension), a shift of every element by 1 costs about as much in 100 dimensions as in 400."""
+    figures = [energy_distance(normal(200, d, 0), normal(200, d, 1, mean=1.0)) for d in (100, 400)]
+    assert figures[0] == pytest.approx(figures[1], rel=0.05)
+
+
+def test_energy_distance_in_fp64_survives_a_large_common_offset():
+    x, y = normal(30, 4, 0).float(), normal(30, 4, 1, mean=0.5).float()
+    assert energy_distance(x, y) == pytest.approx(energy_distance(x.double() + 1000, y.double() + 1000), abs=1e-6)
+
+
+def test_energy_distance_refuses_what_it_cannot_compare():
+    with pytest.raises(ValueError, match="two samples"):
+        energy_distance(normal(1, 3, 0), normal(5, 3, 1))
+    with pytest.raises(ValueError, match="cannot be compared"):
+        energy_distance(normal(5, 3, 0), normal(5, 4, 1))
+
+
+def test_gap_closed():
+    assert gap_closed(student=0.030, undistilled=0.091, floor=-0.006) == pytest.approx(0.061 / 0.097)
+    assert gap_closed(0.1, 0.1, 0.0) == 0.0
+    assert gap_closed(0.0, 0.1, 0.0) == 1.0
+    with pytest.raises(ValueError, match="no gap"):
+        gap_closed(0.0, 0.1, 0.1)
+
+
+# --- what a clip shows ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Six clips of each of the 32 combinations: ([192, T, H, W, 3], combinations)."""
+    return shapes.draw_many(6 * len(shapes.ALL_COMBINATIONS), seed=5, held_out=True)
+
+
+def blurred(frames, passes):
+    """Binomial blur (1 2 1)/4 along rows and columns, `passes` times."""
+    frames = frames.astype(np.float64)
+    for _ in range(passes):
+        for axis in (-3, -2):
+            padded = np.concatenate(
+                [frames.take([0], axis), frames, frames.take([-1], axis)],
+                axis,
+            )
+            size = frames.shape[axis]
+            low, middle, high = (padded.take(range(k, k + size), axis) for k in range(3))
+            frames = (low + 2 * middle + high) / 4
+    return frames
+
+
+def to_uint8(frames):
+    return np.clip(np.rint(frames), 0, 255).astype(np.uint8)
+
+
+def test_drawn_clips_obey_their_captions(clips):
+    rates = obedience(*clips)
+    assert set(rates) == {"all", "seen", "held_out"}
+    assert rates["all"]["count"] == 192
+    assert rates["held_out"]["count"] == 24
+    for group in rates.values():
+        assert group["both"] >= 0.995
+        assert group["all_three"] >= 0.995
+
+
+@pytest.mark.parametrize("part", ["colour", "direction", "shape"])
+def test_a_wrong_caption_is_noticed(clips, part):
+    frames, said = clips
+    choices = {
+        "colour": dict(pairwise([*shapes.COLOURS, *shapes.COLOURS])),
+        "direction": dict(pairwise([*shapes.DIRECTIONS, *shapes.DIRECTIONS])),
+        "shape": dict(pairwise([*shapes.SHAPES, *shapes.SHAPES])),
+    }[part]
+    wrong = [replace(combination, **{part: choices[getattr(combination, part)]}) for combination in said]
+    rates = obedience(frames[:96], wrong[:96])["all"]
+    assert rates[part] == 0
+    assert rates["all_three"] == 0
+    assert rates["both"] == (pytest.approx(1, abs=0.005) if part == "shape" else 0)
+
+
+@pytest.mark.parametrize(("passes", "noise"), [(2, 0), (0, 12), (2, 12), (4, 6)])
+def test_blur_and_noise_do_not_change_the_reading(clips, passes, noise):
+    frames, said = clips[0][:96], clips[1][:96]
+    rng = np.random.default_rng(0)
+    spoilt = blurred(frames, passes) + noise * rng.standard_normal(frames.shape)
+    rates = obedience(to_uint8(spoilt), said)["all"]
+    assert rates["both"] >= 0.99
+    assert rates["shape"] >= 0.95
+
+
+def test_paler_objects_are_still_read(clips):
+    """Half the colour, as a few-step sample that averages over its choices may show it."""
+    frames = clips[0][:96].astype(np.float64)
+    grey = frames.mean(axis=-1, keepdims=True)
+    assert obedience(to_uint8(grey + 0.5 * (frames - grey)), clips[1][:96])["all"]["both"] >= 0.99
+
+
+def test_displacement_is_in_pixels():
+    combination = shapes.Combination("circle", "red", "right")
+    frames = shapes.draw_clip(combination, np.random.default_rng(0))
+    seen = read_clip(np.concatenate([frames, np.roll(frames[-1:], 5, axis=2)]))
+    still = read_clip(frames).displacement
+    assert seen.displacement == pytest.approx((still[0] + 5, still[1]), abs=0.01)
+    assert 12 <= still[0] <= 26
+    assert abs(still[1]) < 0.5
+
+
+def test_nothing_is_read_where_nothing_is():
+    rng = np.random.default_rng(0)
+    grey = np.broadcast_to(rng.integers(0, 256, (9, 64, 64, 1), dtype=np.uint8), (9, 64, 64, 3))
+    assert read_clip(grey) == Observation()
+    assert read_clip(to_uint8(128 + 60 * rng.standard_normal((9, 64, 64, 3)))) == Observation()  # noise of every hue
+    all_red = np.broadcast_to(np.array([220, 40, 40], dtype=np.uint8), (9, 64, 64, 3))
+    assert read_clip(all_red) == Observation()
+    assert math.isnan(measures.saturation(grey[None]))
+    assert not obeys(Observation(), shapes.ALL_COMBINATIONS[0])
+
+
+def test_what_stands_still_has_no_direction_and_what_leaves_has_none_either():
+    frames = shapes.draw_clip(shapes.Combination("square", "blue", "up"), np.random.default_rng(1))
+    seen = read_clip(np.repeat(frames[:1], 9, axis=0))
+    assert (seen.colour, seen.shape, seen.direction) == ("blue", "square", None)
+    gone = frames.copy()
+    gone[-1] = 90
+    assert read_clip(gone).direction is None
+    assert read_clip(gone).colour == "blue"
+
+
+def test_saturation_is_that_of_the_object_alone():
+    frames = np.full((1, 9, 64, 64, 3), 120, dtype=np.uint8)
+    frames[:, :, 20:36, 20:36] = (200, 50, 50)
+    assert measures.saturation(frames) == pytest.approx(0.75)
+
+
+def test_summaries_of_observations(clips):
+    observations = [read_clip(frames) for frames in clips[0][:64]]
+    assert measures.obedience_of(observations, clips[1][:64]) == obedience(clips[0][:64], clips[1][:64])
+    assert measures.mean_saturation(observations) == pytest.approx(measures.saturation(clips[0][:64]))
+    assert 15 < measures.mean_travel(observations) < 23  # drawn uniformly from 12 to 26
+    assert math.isnan(measures.mean_travel([Observation()]))
