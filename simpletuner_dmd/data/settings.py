@@ -100,5 +100,5 @@ def _size_rules(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeomet
 def text_cache(entries: Sequence[DatasetEntry], config: TrainConfig) -> tuple[Path, int]:
     """(folder of the text cache, prompts per write): the text_embeds entry's, else config's, else the defaults."""
     chosen = next((entry for entry in entries if entry.dataset_type == "text_embeds" and not entry.disabled), None)
-    folder = first_set("cache_dir", chosen) or first_set("cache_dir_text", config) or "cache/text"
-    return Path(folder), int(first_set("write_batch_size", chosen, config) or 128)
+    folder = (chosen.cache_dir if chosen else None) or config.cache_dir_text
+    return Path(folder), (chosen.write_batch_size if chosen else None) or config.write_batch_size
