@@ -178,7 +178,7 @@ class PointMass(nn.Module):
         return (x_t_BCFHW - point) / sigma[:, None, None, None, None]
 
 
-def overshoot(interval: int, rate: float = 0.01) -> float:
+def overshoot(interval: int, rate: float = 0.02) -> float:
     """How far the student's mean, which starts at 1, goes below the teacher's 0, with equal rates per update."""
     far = 1000.0
     teacher: Denoiser = PointMass(0.0, 0.0)
@@ -191,7 +191,7 @@ def overshoot(interval: int, rate: float = 0.01) -> float:
         "critic": torch.optim.SGD(critic.parameters(), lr=rate * critic_sigma**2),
     }
     path: list[float] = []
-    train(method, optimizers, 700 * interval, 1, (2, 1, 1, 1), decay=False, stream=FixedLevel,
+    train(method, optimizers, 350 * interval, 1, (2, 1, 1, 1), decay=False, stream=FixedLevel,
           after_step=lambda: path.append(float(student.mean.detach())))  # fmt: skip
     assert min(path) < 0.05, "the student never arrived"
     return max(0.0, -min(path))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.flow import Schedule
@@ -164,7 +165,9 @@ def test_one_negative_prompt_serves_a_batch() -> None:
 
 
 # quanto compiles a kernel the first time a machine unpacks int4, for a minute.
-@pytest.mark.parametrize("precision", ["int8-quanto", pytest.param("int4-quanto", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "precision", ["int8-quanto", "fp8-quanto", pytest.param("int4-quanto", marks=pytest.mark.slow)]
+)
 def test_on_a_quantised_base_the_roles_start_equal_bit_for_bit(precision: str) -> None:
     roles = lora_roles(quantised_wan(precision), gradient_checkpointing=True)
     x_t, sigma_B, text = latents(), torch.full((2,), 0.7), prompts()
@@ -189,6 +192,20 @@ def test_quantisation_leaves_the_sensitive_parts_alone() -> None:
     assert kinds["proj_out"] == "Linear"
     assert all(kind != "QLinear" for name, kind in kinds.items() if not name.startswith("blocks."))
     assert quantise(tiny_wan(), "no_change") == 0
+
+
+def test_int4_without_a_compiler_is_a_sentence_and_not_a_crash_in_the_first_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from optimum.quanto.library.extensions.extension import Extension
+
+    def missing(self: Extension) -> None:
+        raise RuntimeError("Ninja is required to load C++ extensions (pip install ninja to get it)")
+
+    monkeypatch.setattr(Extension, "lib", property(missing))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"base_model_precision: int4-quanto.*Ninja(.|\n)*int8-quanto"):
+        quantise(tiny_wan(dtype=torch.bfloat16), "int4-quanto")
 
 
 def test_on_a_bf16_base_what_trains_is_fp32_and_stays_so() -> None:
