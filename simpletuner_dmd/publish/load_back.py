@@ -52,7 +52,7 @@ def check_export(
 
     pipeline: made by the caller from the base, without adapters, in the precision and quantisation of training; VAE and
     text encoder may be None. It is handed back as it came. prompt_embeds: [B, L, D], padded as in training.
-    reference_latents: `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`, normalised latents.
+    reference_latents: `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`, normalised.
     schedule: of the run; without a ladder in the export (supervised training), the Euler ladder the reference took.
     tolerance: None takes 1e-4 in fp32 and more where weights are stored, or the base computes, in half precision.
     """

@@ -39,5 +39,7 @@ def write_moving_square(
 def write_small_set(folder: Path, count: int = 4) -> Path:
     """`count` captioned clips of 32x32, 9 frames at 16 per second, of different brightness."""
     for index in range(count):
-        write_moving_square(folder / f"clip-{index}.mp4", caption=f"a square moves right {index}", level=120 + 30 * index)
+        write_moving_square(
+            folder / f"clip-{index}.mp4", caption=f"a square moves right {index}", level=120 + 30 * index
+        )
     return folder
