@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import sys
 
@@ -71,6 +72,16 @@ def run_verb(verb: str, arguments: list[str]) -> int:
         return int(module.run(parsed))
     except UserError as error:
         print(f"\n{error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"\n{where}the disk is full while an export, a video or the report was written. Checkpoints are whole.\n"
+            "Fix: free some space, or move output_dir; the same command then goes on",
+            file=sys.stderr,
+        )
         return 2
 
 

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 
 from simpletuner_dmd import __version__
@@ -36,6 +38,9 @@ from simpletuner_dmd.validation.render import Renderer, Scene
 from simpletuner_dmd.validation.report import build_report
 from simpletuner_dmd.wan.roles import Roles, self_test
 
+# How long processes wait for the main one, which caches, renders and exports alone; the default is 10 minutes on GPUs.
+WAITING = timedelta(days=2)
+
 
 class TrainingRun:
     """Everything `simpletuner train` does after the configuration is known to be sound."""
@@ -43,7 +48,8 @@ class TrainingRun:
     def __init__(self, loaded: LoadedConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
+        patience = InitProcessGroupKwargs(timeout=WAITING)
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
         self.assembly = Assembly(with_demo_paths(loaded), self.accelerator.device)
         self.config = loaded.config
         self.output_dir = Path(self.config.output_dir).expanduser()
@@ -61,9 +67,6 @@ class TrainingRun:
 
     def go(self) -> int:
         loaded, config = self.assembly.loaded, self.config
-        if self.main:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            write_resolved(loaded, self.output_dir)
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
@@ -98,6 +101,8 @@ class TrainingRun:
         if checkpoint is not None:
             trainer.resume(checkpoint)
             self.say(f"Resuming from {checkpoint} (step {trainer.step} of {steps})")
+        if self.main:  # not before: what cannot go on must leave the settings of the run that is there
+            write_resolved(loaded, self.output_dir)
         for line in [*lines, *self._self_test(roles, data, fresh=checkpoint is None), *data.notices]:
             self.say(line)
         self.say(data.report())

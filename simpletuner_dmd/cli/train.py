@@ -33,8 +33,15 @@ def run(args: argparse.Namespace) -> int:
         _announce(loaded)
         _examine(loaded)
     from simpletuner_dmd.cli.run import TrainingRun
+    from simpletuner_dmd.config import UserError
+    from simpletuner_dmd.training.launch import end_with_mistake
 
-    return TrainingRun(loaded).go()
+    try:
+        return TrainingRun(loaded).go()
+    except UserError as error:
+        if LAUNCHED not in os.environ:
+            raise
+        return end_with_mistake(str(error))
 
 
 def _announce(loaded: LoadedConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
 
 SMALL_BATCH = 16
@@ -11,7 +12,7 @@ QUANTISED_4_BIT = ("int4-quanto",)
 
 def cross_problems(config: TrainConfig) -> list[Problem]:
     """Combinations that cannot work. `file` is left empty: the loader knows which file each key came from."""
-    problems = _length_problems(config)
+    problems = _length_problems(config) + _size_problems(config)
     if config.model_type == "full" and config.mixed_precision == "fp16":
         problems.append(
             Problem("", "mixed_precision", "fp16 has too few exponents for training every weight of Wan",
@@ -40,6 +41,21 @@ def _length_problems(config: TrainConfig) -> list[Problem]:
                     "set one of them to 0, or \"strict_epoch_limit\": true to stop at whichever comes first")
         ]  # fmt: skip
     return []
+
+
+def _size_problems(config: TrainConfig) -> list[Problem]:
+    if config.validation_disable:
+        return []
+    multiple = SIZE_MULTIPLE.get(config.model_flavour, DEFAULT_MULTIPLE)
+    problems = []
+    for size in config.validation_resolution:
+        if any(side % multiple for side in size):
+            width, height = (max(1, round(side / multiple)) * multiple for side in size)
+            problems.append(
+                Problem("", "validation_resolution", f"{size[0]}x{size[1]} cannot be made: "
+                        f"this model's sizes are multiples of {multiple}", f"write {width}x{height}")
+            )  # fmt: skip
+    return problems
 
 
 def _dmd_problems(config: TrainConfig) -> list[Problem]:

@@ -24,6 +24,9 @@ HUB_IDS: dict[str, str] = {
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
+SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
+"""Widths and heights are multiples of this many pixels: what the VAE and the patches reduce to one token."""
+DEFAULT_MULTIPLE = 16
 DEFAULT_SIZE = "832x480"
 DEFAULT_FRAMES = 81
 

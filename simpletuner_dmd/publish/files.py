@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def _as_os_error(path: Path) -> Iterator[None]:
+    """A full disk under its own name, whatever library met it."""
+    try:
+        yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
@@ -16,7 +31,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> Path:
     # The process id keeps two writers apart; the suffix stays last because some libraries choose a format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
-        write(temporary)
+        with _as_os_error(path):
+            write(temporary)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
@@ -41,7 +57,8 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> Path:
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir()
-        write(temporary)
+        with _as_os_error(path):
+            write(temporary)
         if path.exists():
             path.rename(former)
         temporary.rename(path)

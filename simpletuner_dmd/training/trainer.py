@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.flow import Batch
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.training.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
@@ -56,8 +57,13 @@ class Batches(Protocol):
 class RoleOptimizer:
     """The parameters of one moving role and what moves them.
 
-    clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or
-    "value" (each element).
+    <<<<<<< HEAD
+        clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or
+        "value" (each element).
+    =======
+        clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or "value" (of each
+        element).
+    >>>>>>> e2e
     """
 
     parameters: list[tuple[str, nn.Parameter]]
@@ -158,9 +164,11 @@ class Trainer:
         """Continues from a checkpoint: weights, optimizers, schedules, EMA, the method's state and the step."""
         state = load_checkpoint(checkpoint)
         if set(state.tensors) != set(self.optimizers):
-            raise ValueError(f"{checkpoint} trains {sorted(state.tensors)}, this run {sorted(self.optimizers)}")
+            raise _another_run(checkpoint, f"it trains {_listed(state.tensors)}, this run {_listed(self.optimizers)}")
         for role, optimizer in self.optimizers.items():
-            _copy_into(optimizer.parameters, state.tensors[role], f"{checkpoint}, {role}")
+            _check_fit(checkpoint, role, optimizer, state)
+        for role, optimizer in self.optimizers.items():
+            _copy_into(optimizer.parameters, state.tensors[role])
             optimizer.optimizer.load_state_dict(state.optimizers[role])
             optimizer.schedule.load_state_dict(state.schedulers[role])
             optimizer.updates = int(state.meta["updates"][role])
@@ -180,7 +188,11 @@ class Trainer:
                 schedulers={role: optimizer.schedule.state_dict() for role, optimizer in self.optimizers.items()},
                 ema=None if self.ema is None else self.ema.state_dict(),
                 method=self.method.state_dict(),
-                meta={**self.meta, "updates": {role: optimizer.updates for role, optimizer in self.optimizers.items()}},
+                meta={
+                    **self.meta,
+                    "updates": {role: optimizer.updates for role, optimizer in self.optimizers.items()},
+                    "optimizers": {role: _kind(optimizer) for role, optimizer in self.optimizers.items()},
+                },
             )
             root = self.settings.output_dir / CHECKPOINTS
             path = save_checkpoint(root, self.step, state, self.settings.checkpoints_kept)
@@ -299,11 +311,37 @@ def _detached(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in parameters}
 
 
+def _kind(role: RoleOptimizer) -> str:
+    return type(role.optimizer).__name__
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(sorted(names))
+
+
+def _another_run(checkpoint: Path, reason: str) -> UserError:
+    return UserError(
+        f"this checkpoint is of another kind of run: {reason}",
+        file=str(checkpoint),
+        key="resume_from_checkpoint",
+        fix="put the settings back, or choose another output_dir to start afresh",
+    )
+
+
+def _check_fit(checkpoint: Path, role: str, optimizer: RoleOptimizer, state: CheckpointState) -> None:
+    """Raises UserError, before anything is changed, where the checkpoint's tensors or optimizer are not this run's."""
+    expected = {name: tuple(parameter.shape) for name, parameter in optimizer.parameters}
+    found = {name: tuple(tensor.shape) for name, tensor in state.tensors[role].items()}
+    if expected != found:
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        there, here = found.get(name, "missing"), expected.get(name, "missing")
+        raise _another_run(checkpoint, f"of the {role}, {name} is {there} there and {here} here")
+    kind = state.meta.get("optimizers", {}).get(role, _kind(optimizer))
+    if kind != _kind(optimizer):
+        raise _another_run(checkpoint, f"its {role} was trained with {kind}, this run has {_kind(optimizer)}")
+
+
 @torch.no_grad()
-def _copy_into(parameters: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor], where: str) -> None:
-    names = {name for name, _ in parameters}
-    if names != set(tensors):
-        differing = sorted(names ^ set(tensors))[:3]
-        raise ValueError(f"{where}: the tensors do not fit this model, for example {', '.join(differing)}")
+def _copy_into(parameters: list[tuple[str, nn.Parameter]], tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters:
         parameter.copy_(tensors[name])

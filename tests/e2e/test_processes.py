@@ -1,11 +1,14 @@
 """Two processes on the CPU (gloo) are one process with the same global batch."""
 
+import signal
 import subprocess
+import time
+from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import ProjectMaker
-from tests.support.runs import environment, largest_difference
+from tests.support.runs import Project, environment, largest_difference, videos_dataset
 
 TOLERANCE = 1e-5
 OPTIONS = {"max_train_steps": 6, "optimizer": "torch-adamw", "checkpoint_step_interval": 3, "use_ema": True,
@@ -44,3 +47,40 @@ def test_two_micro_batches_equal_one_of_twice_the_size(make_project: ProjectMake
     assert whole.train() == 0 and halves.train() == 0
     for role in ("student", "critic"):
         assert largest_difference(halves.trained(role), whole.trained(role)) < TOLERANCE
+
+
+def start(project: Project) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        project.command(), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(make_project: ProjectMaker) -> None:
+    """Ctrl-C reaches the command that was typed; both processes finish the step, and one checkpoint is saved."""
+    project = make_project(train_batch_size=2, num_processes=2, max_train_steps=200, checkpoint_step_interval=5)
+    process = start(project)
+    deadline = time.monotonic() + 120
+    while not (project.output / "checkpoints" / "latest").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    reached = project.rows("step")[-1]["step"]
+    assert reached < 200
+    assert project.checkpoints[-1] == f"checkpoint-{reached:06d}"
+    assert output.count("the same command goes on from there") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_found_by_two_processes_is_still_a_sentence(make_project: ProjectMaker, tmp_path: Path) -> None:
+    (tmp_path / "useless").mkdir()
+    (tmp_path / "useless" / "notes.mp4").write_text("this is no video")
+    project = make_project(datasets=videos_dataset(tmp_path / "useless"), num_processes=2)
+    process = start(project)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2, output
+    assert "has no usable sample" in output and "notes.mp4" in output
+    assert "Traceback" not in output
