@@ -283,13 +283,7 @@ def test_disk_full_while_checkpointing(make_project: ProjectMaker, capsys: Captu
     assert_same_bits(project.exported(), straight.exported())
 
 
-<<<<<<< HEAD
-def test_disk_full_while_exporting(
-    make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-=======
 def test_disk_full_while_exporting(make_project: ProjectMaker, capsys: Capture, monkeypatch: Patch) -> None:
->>>>>>> e2e
     from simpletuner_dmd.publish import export
 
     def full(*_: object, **__: object) -> None:
@@ -307,13 +301,7 @@ def test_disk_full_while_exporting(make_project: ProjectMaker, capsys: Capture, 
     assert project.rows("export")[-1]["passed"]
 
 
-<<<<<<< HEAD
-def test_disk_full_while_rendering(
-    make_project: ProjectMaker, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-=======
 def test_disk_full_while_rendering(make_project: ProjectMaker, capsys: Capture, monkeypatch: Patch) -> None:
->>>>>>> e2e
     from simpletuner_dmd.validation import render
 
     def full(*_: object, **__: object) -> None:
