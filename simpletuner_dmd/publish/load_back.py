@@ -50,15 +50,11 @@ def check_export(
 ) -> LoadBack:
     """Whether the exported files, in a stock `WanPipeline` of the base, sample what training's sampler does.
 
-        pipeline: made by the caller from the base, without adapters, in the precision and quantisation of training; VAE and
-        text encoder may be None. It is handed back as it came. prompt_embeds: [B, L, D], padded as in training.
-    <<<<<<< HEAD
-        reference_latents: normalised; `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`.
-    =======
-        reference_latents: `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`, normalised.
-    >>>>>>> e2e
-        schedule: of the run; without a ladder in the export (supervised training), the Euler ladder the reference took.
-        tolerance: None takes 1e-4 in fp32 and more where weights are stored, or the base computes, in half precision.
+    pipeline: made by the caller from the base, without adapters, in the precision and quantisation of training; VAE and
+    text encoder may be None. It is handed back as it came. prompt_embeds: [B, L, D], padded as in training.
+    reference_latents: normalised; `flow.sample_few_step` on `validation.sampling.reference_noise(seed, shape, device)`.
+    schedule: of the run; without a ladder in the export (supervised training), the Euler ladder the reference took.
+    tolerance: None takes 1e-4 in fp32 and more where weights are stored, or the base computes, in half precision.
     """
     document = json.loads((export_dir / "distill.json").read_text(encoding="utf-8"))
     if tolerance is None:
