@@ -57,13 +57,8 @@ class Batches(Protocol):
 class RoleOptimizer:
     """The parameters of one moving role and what moves them.
 
-    <<<<<<< HEAD
-        clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or
-        "value" (each element).
-    =======
-        clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or "value" (of each
-        element).
-    >>>>>>> e2e
+    clip: threshold of the gradient, 0 is off. clip_method: "norm" (of all parameters together) or "value" (of each
+    element).
     """
 
     parameters: list[tuple[str, nn.Parameter]]
