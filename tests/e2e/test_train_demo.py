@@ -27,7 +27,15 @@ def finished(small_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
                 "train_batch_size=2",
                 "checkpoint_step_interval=4",
                 "validation_step_interval=4",
+                # What the recipe may tune, and this file counts on.
                 "distillation_config.critic_warmup_steps=2",
+                "distillation_config.generator_update_interval=5",
+                "distillation_config.fake_score_lr=2e-3",
+                "distillation_config.student_steps=3",
+                "flow_schedule_shift=3",
+                "use_ema=true",
+                "ema_validation=ema_only",
+                "lora_rank=32",
                 "benchmark_num_inference_steps=3",
                 f"output_dir={folder / 'output'}",
             ]
@@ -39,8 +47,8 @@ def finished(small_wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Proje
 def test_resolved_configuration_says_where_each_value_came_from(finished: Project) -> None:
     resolved = json.loads((finished.output / "config.resolved.json").read_text())
     assert resolved["max_train_steps"] == {"value": STEPS, "origin": "command line"}
-    assert resolved["lora_rank"]["value"] == 32
-    assert "demo" in resolved["lora_rank"]["origin"]
+    assert resolved["distillation_method"]["value"] == "dmd"
+    assert "demo" in resolved["distillation_method"]["origin"]
     assert resolved["framerate"]["origin"] == "default"
     assert resolved["distillation_config.student_steps"]["value"] == 3
     assert resolved["datasets"]["value"][0]["dataset_type"] == "prompts"
