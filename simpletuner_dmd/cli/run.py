@@ -31,6 +31,7 @@ from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import Ema
 from simpletuner_dmd.training.optimizers import build_optimizer
+from simpletuner_dmd.training.progress import peak_bytes
 from simpletuner_dmd.training.schedules import build_schedule
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, RoleOptimizer, Trainer, TrainerSettings
@@ -352,6 +353,7 @@ class TrainingRun:
         tracking.event("finish", step=trainer.step, seconds=time.perf_counter() - self.began)
         report = build_report(self.output_dir)
         webhook.send("training finished", event="finish", step=trainer.step)
-        self.say(f"Finished in {time.perf_counter() - self.began:.0f} s")
+        peak = peak_bytes(self.accelerator.device) / 1e9
+        self.say(f"Finished in {time.perf_counter() - self.began:.0f} s, peak memory {peak:.1f} GB")
         self.say(f"  student  {folder}")
         self.say(f"  report   {report}")
