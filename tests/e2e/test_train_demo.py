@@ -61,7 +61,7 @@ def test_one_row_of_metrics_per_step(finished: Project) -> None:
     assert student_rows == [3, 8]  # after 2 critic-only steps, every 5th
     for row in rows:
         assert row["fake_score_loss"] > 0
-        assert row["critic_lr"] == pytest.approx(2e-3)
+        assert 0 < row["critic_lr"] <= 2e-3
         assert row["critic_grad_norm"] > 0
         assert row["step_seconds"] > 0
         assert row["peak_bytes"] > 0
