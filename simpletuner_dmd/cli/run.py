@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from torch import Tensor
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly, with_demo_paths
+from simpletuner_dmd.cli.moving import role_optimizers, student_average
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.train import INTERRUPTED, write_resolved
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
-from simpletuner_dmd.distill.dmd import DMD
-from simpletuner_dmd.distill.supervised import Supervised
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
-from simpletuner_dmd.training.ema import Ema
-from simpletuner_dmd.training.optimizers import build_optimizer
 from simpletuner_dmd.training.progress import peak_bytes
-from simpletuner_dmd.training.schedules import build_schedule
 from simpletuner_dmd.training.tracking import Tracking
-from simpletuner_dmd.training.trainer import CHECKPOINTS, RoleOptimizer, Trainer, TrainerSettings
+from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
 from simpletuner_dmd.validation.render import Renderer, Scene
 from simpletuner_dmd.validation.report import build_report
 from simpletuner_dmd.wan.roles import Roles, self_test
 
 # How long processes wait for the main one, which caches, renders and exports alone; the default is 10 minutes on GPUs.
 WAITING = timedelta(days=2)
+
+
+@dataclass
+class Parts:
+    """What a run is made of once it is put together."""
+
+    data: PreparedData
+    scenes: list[Scene]
+    roles: Roles
+    tracking: Tracking
+    webhook: Webhook
+    shipper: Shipper
+    trainer: Trainer
+
+    @contextmanager
+    def best_student(self) -> Iterator[bool]:
+        """The student as it would be used: its average, where there is one. Yields whether it is the average."""
+        if self.trainer.ema is None:
+            yield False
+            return
+        with self.trainer.ema.swap():
+            yield True
 
 
 class TrainingRun:
@@ -67,36 +83,48 @@ class TrainingRun:
     # --- the whole of it --------------------------------------------------------------------------------------------
 
     def go(self) -> int:
+        """Exit code 0 when trained, exported and loaded back; 130 when interrupted."""
+        parts = self._put_together()
+        try:
+            with self._rendering(parts) as renderer:
+                self._train(parts, renderer)
+            if parts.trainer.interrupted:
+                self.say(f"Interrupted at step {parts.trainer.step}; the same command goes on from there.")
+                parts.tracking.event("interrupted", step=parts.trainer.step)
+                return INTERRUPTED
+            if self.main:
+                self._finish(parts)
+            self.accelerator.wait_for_everyone()
+        except BaseException as error:
+            parts.tracking.event("error", message=f"{type(error).__name__}: {error}")
+            parts.webhook.send(f"the run stopped: {type(error).__name__}", event="error")
+            raise
+        finally:
+            parts.data.close()
+            parts.tracking.close()
+            parts.webhook.close()
+            if self.main:
+                build_report(self.output_dir)
+        return 0
+
+    def _put_together(self) -> Parts:
+        """Everything built, resumed and tested; nothing of an earlier run is touched before that has worked."""
         loaded, config = self.assembly.loaded, self.config
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
         method = self.assembly.method(roles)
         steps = self._total_steps(data)
-        optimizers = self._optimizers(roles, method, steps)
-        ema = self._ema(roles)
         checkpoint = self._checkpoint()
         tracking = self._tracking(checkpoint)
-        webhook = Webhook.from_config(self._webhook_config(), config.tracker_run_name) if self.main else Webhook([])
-        shipper = Shipper(self.assembly, self.output_dir)
         trainer = Trainer(
-            TrainerSettings(
-                output_dir=self.output_dir,
-                max_steps=steps,
-                micro_batch_size=config.train_batch_size,
-                accumulation=config.gradient_accumulation_steps,
-                seed=config.seed,
-                checkpoint_interval=config.checkpoint_step_interval,
-                checkpoints_kept=config.checkpoints_total_limit or None,
-                validation_interval=config.validation_step_interval,
-                device=self.accelerator.device,
-            ),
+            self._trainer_settings(steps),
             method,
-            optimizers,
+            role_optimizers(config, roles, method, steps),
             data,
             self.accelerator,
             tracking,
-            ema=ema,
+            ema=student_average(config, roles),
             meta={"config": loaded.options(), "version": __version__},
         )
         if checkpoint is not None:
@@ -107,43 +135,28 @@ class TrainingRun:
         for line in [*lines, *self._self_test(roles, data, fresh=checkpoint is None), *data.notices]:
             self.say(line)
         self.say(data.report())
+        webhook = Webhook.from_config(self._webhook_config(), config.tracker_run_name) if self.main else Webhook([])
         tracking.event("start", **self._start_facts(steps, trainer.step))
-        try:
-            with self._rendering(scenes, data, tracking) as renderer:
-                videos = partial(self._render_student, renderer, roles, ema, tracking)
-                if self.main and renderer is not None and checkpoint is None:
-                    self._render_references(renderer, roles)
-                    if config.validation_on_startup:
-                        videos(0)
+        return Parts(data, scenes, roles, tracking, webhook, Shipper(self.assembly, self.output_dir), trainer)
 
-                def validated(step: int) -> None:
-                    videos(step)
-                    build_report(self.output_dir)
-                    webhook.send(f"validation at step {step} of {steps}", event="validation", step=step)
+    def _train(self, parts: Parts, renderer: Renderer | None) -> None:
+        trainer, total = parts.trainer, parts.trainer.settings.max_steps
+        if self.main and renderer is not None and trainer.step == 0:
+            self._render_references(parts, renderer)
+            if self.config.validation_on_startup:
+                self._render_student(parts, renderer, 0)
 
-                trainer.validate = validated if renderer is not None else None
-                trainer.checkpointed = lambda path, step: self._checkpointed(shipper, webhook, roles, ema, data, step)
-                self.accelerator.wait_for_everyone()
-                webhook.send(f"training starts at step {trainer.step} of {steps}", event="start")
-                trainer.run()
-            if trainer.interrupted:
-                self.say(f"Interrupted at step {trainer.step}; the same command goes on from there.")
-                tracking.event("interrupted", step=trainer.step)
-                return INTERRUPTED
-            if self.main:
-                self._finish(shipper, webhook, roles, ema, data, scenes, tracking, trainer)
-            self.accelerator.wait_for_everyone()
-        except BaseException as error:
-            tracking.event("error", message=f"{type(error).__name__}: {error}")
-            webhook.send(f"the run stopped: {type(error).__name__}", event="error")
-            raise
-        finally:
-            data.close()
-            tracking.close()
-            webhook.close()
-            if self.main:
-                build_report(self.output_dir)
-        return 0
+        def validate(step: int) -> None:
+            assert renderer is not None
+            self._render_student(parts, renderer, step)
+            build_report(self.output_dir)
+            parts.webhook.send(f"validation at step {step} of {total}", event="validation", step=step)
+
+        trainer.validate = None if renderer is None else validate
+        trainer.checkpointed = lambda path, step: self._checkpointed(parts, step)
+        self.accelerator.wait_for_everyone()
+        parts.webhook.send(f"training starts at step {trainer.step} of {total}", event="start")
+        trainer.run()
 
     # --- parts ------------------------------------------------------------------------------------------------------
 
@@ -160,60 +173,19 @@ class TrainingRun:
             return config.max_train_steps or by_epochs
         return min(config.max_train_steps, by_epochs) if config.strict_epoch_limit else config.max_train_steps
 
-    def _optimizers(self, roles: Roles, method: DMD | Supervised, steps: int) -> dict[str, RoleOptimizer]:
+    def _trainer_settings(self, steps: int) -> TrainerSettings:
         config = self.config
-        interval = config.dmd.generator_update_interval if config.distillation_method else 1
-        optimizer = build_optimizer(
-            config.optimizer,
-            roles.parameters["student"],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.adam_weight_decay,
-            eps=config.adam_epsilon,
+        return TrainerSettings(
+            output_dir=self.output_dir,
+            max_steps=steps,
+            micro_batch_size=config.train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            seed=config.seed,
+            checkpoint_interval=config.checkpoint_step_interval,
+            checkpoints_kept=config.checkpoints_total_limit or None,
+            validation_interval=config.validation_step_interval,
+            device=self.accelerator.device,
         )
-        schedule = build_schedule(
-            config.lr_scheduler,
-            optimizer,
-            updates=max(1, method.updates("student", steps)),
-            warmup=math.ceil(config.lr_warmup_steps / interval),
-            num_cycles=config.lr_num_cycles,
-            power=config.lr_power,
-            lr_end=config.lr_end,
-        )
-        optimizers = {
-            "student": RoleOptimizer(
-                roles.parameters["student"], optimizer, schedule, config.max_grad_norm, config.grad_clip_method
-            )
-        }
-        if config.distillation_method is not None:
-            dmd = config.dmd
-            critic = build_optimizer(
-                config.optimizer,
-                roles.parameters["critic"],
-                lr=dmd.fake_score_lr,
-                betas=dmd.fake_score_betas,
-                weight_decay=dmd.fake_score_weight_decay,
-                eps=dmd.fake_score_eps,
-            )
-            critic_schedule = build_schedule(
-                dmd.fake_score_lr_scheduler,
-                critic,
-                updates=max(1, method.updates("critic", steps)),
-                warmup=dmd.fake_score_lr_warmup_steps,
-                num_cycles=config.lr_num_cycles,
-                power=config.lr_power,
-                lr_end=config.lr_end,
-            )
-            optimizers["critic"] = RoleOptimizer(
-                roles.parameters["critic"], critic, critic_schedule, dmd.fake_score_grad_clip
-            )
-        return optimizers
-
-    def _ema(self, roles: Roles) -> Ema | None:
-        config = self.config
-        if not config.use_ema:
-            return None
-        return Ema(roles.parameters["student"], config.ema_decay, config.ema_update_interval, config.ema_start_step)
 
     def _checkpoint(self) -> Path | None:
         """The checkpoint to go on from; decided by the main process, because looking also tidies up after a crash."""
@@ -277,72 +249,66 @@ class TrainingRun:
     # --- validation -------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _rendering(self, scenes: list[Scene], data: PreparedData, tracking: Tracking) -> Iterator[Renderer | None]:
-        if not scenes:
+    def _rendering(self, parts: Parts) -> Iterator[Renderer | None]:
+        if not parts.scenes:
             yield None
             return
 
         def record(row: dict[str, Any]) -> None:
-            tracking.event("validation", **row)
-            tracking.video(row["step"], f"{row['kind']}/{row['name']}", self.output_dir / row["file"])
-
-        def decode(latents: Tensor) -> Tensor:
-            return self.assembly.codec.decode(latents)
+            parts.tracking.event("validation", **row)
+            parts.tracking.video(row["step"], f"{row['kind']}/{row['name']}", self.output_dir / row["file"])
 
         yield Renderer(
-            self.output_dir, scenes, data.negative_text, decode, record, self.config.framerate, self.accelerator.device
+            self.output_dir,
+            parts.scenes,
+            parts.data.negative_text,
+            self.assembly.codec.decode,
+            record,
+            self.config.framerate,
+            self.accelerator.device,
         )
         self.assembly.codec.unload()
 
-    def _render_references(self, renderer: Renderer, roles: Roles) -> None:
+    def _render_references(self, parts: Parts, renderer: Renderer) -> None:
         """Once: the teacher at its own steps and, in distillation, the undistilled model at the student's."""
         if self.config.disable_benchmark:
             return
-        with roles.evaluating():
+        with parts.roles.evaluating():
             self.say("Rendering the teacher's reference videos …")
-            renderer.render(roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
+            renderer.render(parts.roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
             if self.assembly.schedule.ladder:
-                renderer.render(roles.teacher, self.assembly.student_sampler, "undistilled", 0)
+                renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
 
-    def _render_student(
-        self, renderer: Renderer | None, roles: Roles, ema: Ema | None, tracking: Tracking, step: int
-    ) -> None:
-        assert renderer is not None
-        sampler = self.assembly.student_sampler
+    def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
+        sampler, student, ema = self.assembly.student_sampler, parts.roles.student, parts.trainer.ema
         wanted = self.config.ema_validation if ema is not None else "none"
-        with roles.evaluating():
+        with parts.roles.evaluating():
             if wanted in ("none", "comparison"):
-                renderer.render(roles.student, sampler, "student", step)
+                renderer.render(student, sampler, "student", step)
             if wanted in ("ema_only", "comparison"):
-                assert ema is not None
-                with ema.swap():
-                    renderer.render(roles.student, sampler, "student-ema", step)
+                with parts.best_student():
+                    renderer.render(student, sampler, "student-ema", step)
 
     # --- results ----------------------------------------------------------------------------------------------------
 
-    def _checkpointed(
-        self, shipper: Shipper, webhook: Webhook, roles: Roles, ema: Ema | None, data: PreparedData, step: int
-    ) -> None:
-        webhook.send(f"checkpoint at step {step}", event="checkpoint", step=step)
+    def _checkpointed(self, parts: Parts, step: int) -> None:
+        parts.webhook.send(f"checkpoint at step {step}", event="checkpoint", step=step)
         if self.config.push_checkpoints_to_hub:
             folder = self.output_dir / "export-checkpoints" / f"checkpoint-{step:06d}"
-            with ema.swap() if ema is not None else nullcontext():
-                shipper.export(folder, roles, data, steps=step, averaged=ema is not None)
-            shipper.upload(folder, path_in_repo=folder.name)
+            updates = parts.trainer.optimizers["student"].updates
+            with parts.best_student() as averaged:
+                parts.shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
+            parts.shipper.upload(folder, path_in_repo=folder.name)
 
-    def _finish(
-        self, shipper: Shipper, webhook: Webhook, roles: Roles, ema: Ema | None, data: PreparedData,
-        scenes: list[Scene], tracking: Tracking, trainer: Trainer,
-    ) -> None:  # fmt: skip
-        """Exports what would be used (the average, where there is one), loads it back, publishes, sums up."""
-        folder = self.output_dir / "export"
-        with ema.swap() if ema is not None else nullcontext():
-            shipper.export(folder, roles, data, steps=trainer.optimizers["student"].updates, averaged=ema is not None)
-            reference = shipper.reference(roles, *check_text(data))
+    def _finish(self, parts: Parts) -> None:
+        """Exports what would be used, loads it back, publishes, sums up."""
+        folder, shipper, tracking, step = self.output_dir / "export", parts.shipper, parts.tracking, parts.trainer.step
+        updates = parts.trainer.optimizers["student"].updates
+        with parts.best_student() as averaged:
+            shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
+            reference = shipper.reference(parts.roles, *check_text(parts.data))
         verdict = shipper.load_back(folder, reference)
-        tracking.event(
-            "export", step=trainer.step, passed=verdict.passed, max_relative_error=verdict.max_relative_error
-        )
+        tracking.event("export", step=step, passed=verdict.passed, max_relative_error=verdict.max_relative_error)
         if not verdict.passed:
             raise RuntimeError(f"the export does not reproduce the training sampler: {verdict.message}")
         self.say(f"Export loaded back: {verdict.message}")
@@ -350,10 +316,9 @@ class TrainingRun:
             shipper.upload(folder)
         for line in shipper.close():
             self.say(line)
-        tracking.event("finish", step=trainer.step, seconds=time.perf_counter() - self.began)
-        report = build_report(self.output_dir)
-        webhook.send("training finished", event="finish", step=trainer.step)
+        tracking.event("finish", step=step, seconds=time.perf_counter() - self.began)
+        parts.webhook.send("training finished", event="finish", step=step)
         peak = peak_bytes(self.accelerator.device) / 1e9
         self.say(f"Finished in {time.perf_counter() - self.began:.0f} s, peak memory {peak:.1f} GB")
         self.say(f"  student  {folder}")
-        self.say(f"  report   {report}")
+        self.say(f"  report   {build_report(self.output_dir)}")

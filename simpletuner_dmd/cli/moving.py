@@ -1,0 +1,74 @@
+"""What moves in a run: an optimizer and a schedule per role, from the options that name them."""
+
+from __future__ import annotations
+
+import math
+
+from simpletuner_dmd.config import TrainConfig
+from simpletuner_dmd.distill.method import Method
+from simpletuner_dmd.training.ema import Ema
+from simpletuner_dmd.training.optimizers import build_optimizer
+from simpletuner_dmd.training.schedules import build_schedule
+from simpletuner_dmd.training.trainer import RoleOptimizer
+from simpletuner_dmd.wan.roles import Roles
+
+
+def role_optimizers(config: TrainConfig, roles: Roles, method: Method, steps: int) -> dict[str, RoleOptimizer]:
+    """The student's and, in distillation, the critic's. A schedule is as long as its role has updates."""
+    optimizers = {"student": _student(config, roles, method, steps)}
+    if config.distillation_method is not None:
+        optimizers["critic"] = _critic(config, roles, method, steps)
+    return optimizers
+
+
+def student_average(config: TrainConfig, roles: Roles) -> Ema | None:
+    """The running average of the student's weights, where one is asked for."""
+    if not config.use_ema:
+        return None
+    return Ema(roles.parameters["student"], config.ema_decay, config.ema_update_interval, config.ema_start_step)
+
+
+def _student(config: TrainConfig, roles: Roles, method: Method, steps: int) -> RoleOptimizer:
+    interval = config.dmd.generator_update_interval if config.distillation_method else 1
+    optimizer = build_optimizer(
+        config.optimizer,
+        roles.parameters["student"],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+    )
+    schedule = build_schedule(
+        config.lr_scheduler,
+        optimizer,
+        updates=max(1, method.updates("student", steps)),
+        warmup=math.ceil(config.lr_warmup_steps / interval),  # lengths in the configuration are trainer steps
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+        lr_end=config.lr_end,
+    )
+    return RoleOptimizer(
+        roles.parameters["student"], optimizer, schedule, config.max_grad_norm, config.grad_clip_method
+    )
+
+
+def _critic(config: TrainConfig, roles: Roles, method: Method, steps: int) -> RoleOptimizer:
+    dmd = config.dmd
+    optimizer = build_optimizer(
+        config.optimizer,
+        roles.parameters["critic"],
+        lr=dmd.fake_score_lr,
+        betas=dmd.fake_score_betas,
+        weight_decay=dmd.fake_score_weight_decay,
+        eps=dmd.fake_score_eps,
+    )
+    schedule = build_schedule(
+        dmd.fake_score_lr_scheduler,
+        optimizer,
+        updates=max(1, method.updates("critic", steps)),
+        warmup=dmd.fake_score_lr_warmup_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+        lr_end=config.lr_end,
+    )
+    return RoleOptimizer(roles.parameters["critic"], optimizer, schedule, dmd.fake_score_grad_clip)
