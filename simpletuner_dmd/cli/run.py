@@ -308,7 +308,7 @@ class TrainingRun:
             shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
             reference = shipper.reference(parts.roles, *check_text(parts.data))
         verdict = shipper.load_back(folder, reference)
-        tracking.event("export", step=step, passed=verdict.passed, max_relative_error=verdict.max_relative_error)
+        tracking.event("export", step=step, passed=verdict.passed, relative_error=verdict.relative_error)
         if not verdict.passed:
             raise RuntimeError(f"the export does not reproduce the training sampler: {verdict.message}")
         self.say(f"Export loaded back: {verdict.message}")

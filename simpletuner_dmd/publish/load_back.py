@@ -27,9 +27,10 @@ latents to the base's precision between steps, which training does not: in bf16 
 
 @dataclass(frozen=True)
 class LoadBack:
-    """max_relative_error: largest difference of the latents over their root mean square."""
+    """relative_error: difference of the latents over their root mean square; the largest one where all is fp32, the root
+    mean square of all where weights or base are in half precision."""
 
-    max_relative_error: float
+    relative_error: float
     passed: bool
     message: str
 
@@ -72,11 +73,17 @@ def check_export(
                         f"the sampler of training {tuple(reference_latents.shape)}")  # fmt: skip
     reference = reference_latents.to(latents.device, torch.float32)
     scale = reference.square().mean().sqrt().clamp_min(1e-12)
-    error = float((latents.float() - reference).abs().max() / scale)
+    difference = latents.float() - reference
+    # In half precision single elements stray by rounding alone, further in a deeper network; the whole does not.
+    exact = tolerance <= TOLERANCES["float32"]
+    error = float((difference.abs().max() if exact else difference.square().mean().sqrt()) / scale)
     passed = error <= tolerance  # False for NaN
-    verdict = "agree with" if passed else "DIFFER from"
-    return LoadBack(error, passed, f"stock diffusers loaded the export; its latents {verdict} the sampler of training: "
-                    f"largest difference {error:.2g} of their size (allowed {tolerance:g})")  # fmt: skip
+    verdict, which = ("agree with" if passed else "DIFFER from"), ("largest" if exact else "mean")
+    message = (
+        f"stock diffusers loaded the export; its latents {verdict} the sampler of training: "
+        f"{which} difference {error:.2g} of their size (allowed {tolerance:g})"
+    )
+    return LoadBack(error, passed, message)
 
 
 def exported_scheduler(export_dir: Path, document: dict[str, Any], schedule: Schedule, renoise: str) -> Any:

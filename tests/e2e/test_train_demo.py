@@ -121,7 +121,7 @@ def test_report_opens_offline(finished: Project) -> None:
 def test_export_and_its_load_back(finished: Project) -> None:
     export = finished.output / "export"
     (verdict,) = finished.rows("export")
-    assert verdict["passed"] and verdict["max_relative_error"] < 1e-3
+    assert verdict["passed"] and verdict["relative_error"] < 1e-3
     assert len(finished.exported()) == 2 * 2 * 10  # A and B, 2 blocks, 2 x 4 attention and 2 feed-forward layers
     assert all(name.startswith("transformer.blocks.") for name in finished.exported())
     assert any(bool(tensor.any()) for name, tensor in finished.exported().items() if "lora_B" in name)
