@@ -27,8 +27,8 @@ latents to the base's precision between steps, which training does not: in bf16 
 
 @dataclass(frozen=True)
 class LoadBack:
-    """relative_error: difference of the latents over their root mean square; the largest one where all is fp32, the mean
-    square one where weights or base are in half precision."""
+    """relative_error: difference of the latents over their root mean square: the largest one where all is fp32, the
+    root mean square of all where weights or base are in half precision."""
 
     relative_error: float
     passed: bool
