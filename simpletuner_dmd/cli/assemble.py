@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from simpletuner_dmd.config import DEMO, LoadedConfig, UserError
+from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
-from simpletuner_dmd.demo import path as demo_path
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
@@ -29,18 +28,6 @@ from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, build_roles
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
-
-
-def with_demo_paths(loaded: LoadedConfig) -> LoadedConfig:
-    """Replaces the word "demo" by the folders of the embedded model and data."""
-    config = loaded.config
-    if config.pretrained_model_name_or_path == DEMO:
-        config.pretrained_model_name_or_path = str(demo_path.model_path())
-    for entry in loaded.datasets:
-        if entry.instance_data_dir == DEMO:
-            videos = entry.dataset_type == "video"
-            entry.instance_data_dir = str(demo_path.data_path() if videos else demo_path.prompts_path())
-    return loaded
 
 
 @dataclass

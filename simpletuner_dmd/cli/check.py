@@ -77,10 +77,8 @@ def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
 
 def folder_problem(entry: Any) -> Problem | None:
     """A dataset whose folder is missing or empty."""
-    from simpletuner_dmd.config import DEMO, Problem
+    from simpletuner_dmd.config import Problem
 
-    if entry.instance_data_dir == DEMO:
-        return None
     folder = Path(entry.instance_data_dir)
     where = f'dataset "{entry.id}"'
     if not folder.exists():
@@ -111,7 +109,7 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
     """Local model folders that lack a part. Reads file names only; Hub ids are not looked up."""
-    from simpletuner_dmd.config import DEMO, Problem
+    from simpletuner_dmd.config import Problem
 
     config, problems = loaded.config, []
     overrides = {
@@ -125,7 +123,7 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
         if part in overrides and overrides[part][1] is not None:
             key, value = overrides[part][0], str(overrides[part][1])
         folder = Path(value)
-        if value == DEMO or not folder.is_dir():
+        if not folder.is_dir():
             continue
         subfolder = "transformer_2" if part == "transformer" and config.model_flavour.endswith("-low") else part
         # A part named on its own may be that part's folder itself.

@@ -31,13 +31,29 @@ def load_config(args: argparse.Namespace) -> LoadedConfig:
     """The configuration that the arguments choose. Raises UserError with every mistake in it."""
     from simpletuner_dmd.config import load
 
-    return load(
+    loaded = load(
         args.overrides,
         config=args.config,
         env=args.env,
         example=args.example,
         demo_if_none=args.demo_if_none,
     )
+    return with_demo_paths(loaded)
+
+
+def with_demo_paths(loaded: LoadedConfig) -> LoadedConfig:
+    """Replaces the word "demo" by the folders of the embedded model and data."""
+    from simpletuner_dmd.config import DEMO
+    from simpletuner_dmd.demo import path as demo_path
+
+    config = loaded.config
+    if config.pretrained_model_name_or_path == DEMO:
+        config.pretrained_model_name_or_path = str(demo_path.model_path())
+    for entry in loaded.datasets:
+        if entry.instance_data_dir == DEMO:
+            videos = entry.dataset_type == "video"
+            entry.instance_data_dir = str(demo_path.data_path() if videos else demo_path.prompts_path())
+    return loaded
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,3 +63,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", default="latest", metavar="NAME", help="latest (default), best, or a checkpoint"
     )
     parser.add_argument("--raw", action="store_true", help="the trained weights even where there is an average (EMA)")
+
+
+def quiet_libraries() -> None:
+    """Keeps the bars that diffusers and transformers draw while loading out of this tool's own output."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

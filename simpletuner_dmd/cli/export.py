@@ -18,12 +18,14 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
     from torch import cuda
 
-    from simpletuner_dmd.cli.assemble import Assembly, with_demo_paths
+    from simpletuner_dmd.cli.assemble import Assembly
+    from simpletuner_dmd.cli.common import quiet_libraries
     from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
     from simpletuner_dmd.cli.shipping import Shipper, check_text
 
+    quiet_libraries()
     folder = Path(args.run)
-    loaded = with_demo_paths(open_run(folder))
+    loaded = open_run(folder)
     loaded.config.push_to_hub = loaded.config.push_checkpoints_to_hub = False
     state = open_checkpoint(folder, args.checkpoint)
     assembly = Assembly(loaded, Accelerator(cpu=not cuda.is_available()).device)

@@ -18,7 +18,8 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from simpletuner_dmd import __version__
-from simpletuner_dmd.cli.assemble import Assembly, with_demo_paths
+from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.common import quiet_libraries
 from simpletuner_dmd.cli.moving import role_optimizers, student_average
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.train import INTERRUPTED, write_resolved
@@ -65,9 +66,10 @@ class TrainingRun:
     def __init__(self, loaded: LoadedConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
+        quiet_libraries()
         patience = InitProcessGroupKwargs(timeout=WAITING)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patience])
-        self.assembly = Assembly(with_demo_paths(loaded), self.accelerator.device)
+        self.assembly = Assembly(loaded, self.accelerator.device)
         self.config = loaded.config
         self.output_dir = Path(self.config.output_dir).expanduser()
         self.began = time.perf_counter()

@@ -23,14 +23,16 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import Accelerator
     from torch import cuda
 
-    from simpletuner_dmd.cli.assemble import Assembly, with_demo_paths
+    from simpletuner_dmd.cli.assemble import Assembly
+    from simpletuner_dmd.cli.common import quiet_libraries
     from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
     from simpletuner_dmd.config import UserError, frames_4n1
     from simpletuner_dmd.config.coerce import frame_size
     from simpletuner_dmd.validation.render import Renderer
 
+    quiet_libraries()
     folder = Path(args.run)
-    loaded = with_demo_paths(open_run(folder))
+    loaded = open_run(folder)
     state = open_checkpoint(folder, args.checkpoint)
     config = loaded.config
     if args.size:
