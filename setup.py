@@ -27,7 +27,7 @@ DEPENDENCIES = [
     "torch-optimi>=0.3,<0.4",
     "safetensors>=0.6",
     "numpy",
-    "av>=15,<19",
+    "av>=18,<19",
     "ftfy>=6.3,<7",
     "pillow",
     "pydantic>=2.10,<3",
