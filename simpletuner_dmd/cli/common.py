@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
+
 OVERRIDES_HELP = """\
 any option of config.json can be given as well, and wins over the file:
   --learning_rate 1e-5    --learning_rate=1e-5    learning_rate=1e-5    --use_ema

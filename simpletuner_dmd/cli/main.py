@@ -9,6 +9,7 @@ import importlib
 import sys
 
 from simpletuner_dmd import __version__
+from simpletuner_dmd.cli.common import INTERRUPTED
 
 # verb -> (what it does, an example)
 VERBS = {
@@ -18,7 +19,6 @@ VERBS = {
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
 }
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:

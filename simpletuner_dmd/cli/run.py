@@ -19,10 +19,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
-from simpletuner_dmd.cli.common import quiet_libraries
+from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
 from simpletuner_dmd.cli.moving import role_optimizers, student_average
+from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
-from simpletuner_dmd.cli.train import INTERRUPTED, write_resolved
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook

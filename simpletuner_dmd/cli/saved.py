@@ -1,4 +1,4 @@
-"""A finished or interrupted run, opened again from its output folder: for the verbs `sample` and `export`."""
+"""What a run leaves of itself in its output folder, and how the verbs `sample` and `export` open it again."""
 
 from __future__ import annotations
 
@@ -14,11 +14,20 @@ from pydantic import ValidationError
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.config import DatasetEntry, LoadedConfig, TrainConfig, UserError
 from simpletuner_dmd.training.checkpoint import CheckpointState, find_latest, load_checkpoint, resolve_checkpoint
+from simpletuner_dmd.training.durable import write_atomically
 from simpletuner_dmd.training.ema import Ema
 from simpletuner_dmd.training.trainer import CHECKPOINTS
 from simpletuner_dmd.wan.roles import Roles
 
 RESOLVED = "config.resolved.json"
+
+
+def write_resolved(loaded: LoadedConfig, output_dir: Path) -> None:
+    """config.resolved.json: every option with its value and where it came from, and the datasets."""
+    resolved = loaded.resolved_json()
+    document = {**resolved["options"], "datasets": {"value": resolved["datasets"], "origin": "data_backend_config"}}
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(output_dir / RESOLVED, text.encode())
 
 
 def open_run(folder: Path) -> LoadedConfig:

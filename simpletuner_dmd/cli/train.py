@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpletuner_dmd.cli.common import add_config_arguments, load_config
@@ -13,7 +11,6 @@ from simpletuner_dmd.cli.common import add_config_arguments, load_config
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
-INTERRUPTED = 130
 LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 
 
@@ -69,13 +66,3 @@ def _arguments_again(args: argparse.Namespace) -> list[str]:
         if getattr(args, name):
             chosen += [f"--{name}", getattr(args, name)]
     return ["train", *chosen, *(["--demo-if-none"] if args.demo_if_none else []), *args.overrides]
-
-
-def write_resolved(loaded: LoadedConfig, output_dir: Path) -> None:
-    """config.resolved.json: every option with its value and where it came from, and the datasets."""
-    from simpletuner_dmd.training.durable import write_atomically
-
-    resolved = loaded.resolved_json()
-    document = {**resolved["options"], "datasets": {"value": resolved["datasets"], "origin": "data_backend_config"}}
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(output_dir / "config.resolved.json", text.encode())

@@ -31,7 +31,7 @@ from simpletuner_dmd.config.layers import (
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
 from simpletuner_dmd.config.read import exists, is_file, read_json
-from simpletuner_dmd.config.rules import cross_problems
+from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DMD_ABSENT_KEYS
@@ -154,7 +154,12 @@ def load(
 
     assert datasets is not None and datasets.text_embeds is not None, "without a data file there is a problem"
     _note_adjustments(options, values, notices)
-    notices += [*datasets.notices, *options.notices(), *size_notices(options, datasets.entries), *prompt_notices]
+    notices += [
+        *datasets.notices,
+        *combination_notices(options),
+        *size_notices(options, datasets.entries),
+        *prompt_notices,
+    ]
     notices += _absent_webhook(options, folders)
     return LoadedConfig(
         config=options, path=path, origins=origins, datasets=datasets.entries, text_embeds=datasets.text_embeds,

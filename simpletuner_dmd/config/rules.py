@@ -108,7 +108,7 @@ def _dmd_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def notices(config: TrainConfig) -> list[str]:
+def combination_notices(config: TrainConfig) -> list[str]:
     """What works, but not as a person might think. One sentence each."""
     found: list[str] = []
     if config.max_train_steps and config.lr_warmup_steps >= config.max_train_steps:

@@ -108,12 +108,6 @@ class TrainConfig(
         """Samples per step, over processes and micro-batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.num_processes
 
-    def notices(self) -> list[str]:
-        """What a person should know at start about this combination of options."""
-        from simpletuner_dmd.config.rules import notices
-
-        return notices(self)
-
 
 def _teacher_guidance(data: dict[str, Any]) -> float:
     settings = data.get("distillation_config")

@@ -3,6 +3,7 @@
 import pytest
 
 from simpletuner_dmd.config import DatasetEntry, DmdConfig, TrainConfig, VideoOptions, frames_4n1
+from simpletuner_dmd.config.rules import combination_notices
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DATASET_ABSENT_KEYS, DMD_ABSENT_KEYS
 from simpletuner_dmd.flow import uniform_ladder
 
@@ -76,13 +77,13 @@ def test_frames_are_rounded_down_to_whole_latent_frames() -> None:
     ],
 )
 def test_start_up_notices(options: dict[str, object], expected: str) -> None:
-    notices = dmd(**{"train_batch_size": 16, **options}).notices()
+    notices = combination_notices(dmd(**{"train_batch_size": 16, **options}))
     assert len(notices) == 1
     assert expected in notices[0]
 
 
 def test_a_plain_distillation_has_nothing_to_say() -> None:
-    assert dmd(train_batch_size=4, gradient_accumulation_steps=2, num_processes=2).notices() == []
+    assert combination_notices(dmd(train_batch_size=4, gradient_accumulation_steps=2, num_processes=2)) == []
 
 
 @pytest.mark.parametrize("model", [TrainConfig, DmdConfig, DatasetEntry, VideoOptions])
