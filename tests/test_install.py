@@ -68,3 +68,17 @@ def test_the_newest_torch_that_is_known_to_work_is_allowed_and_no_newer(setup_py
 @pytest.mark.parametrize("script", ["train.sh", "install.sh", "tests/run.sh", ".ci/run"])
 def test_scripts_can_be_run(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111
+
+
+def test_every_file_of_the_package_that_is_not_code_is_installed() -> None:
+    import tomllib
+
+    package = ROOT / "simpletuner_dmd"
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    covered = {file for pattern in patterns["package-data"]["simpletuner_dmd"] for file in package.glob(pattern)}
+    other = {
+        file
+        for file in package.rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc") and "__pycache__" not in file.parts
+    }
+    assert other and other <= covered, sorted(other - covered)
