@@ -27,9 +27,14 @@ QUICK = [
 
 
 def commands(path: Path) -> list[str]:
-    """The lines of the document's bash blocks, without comments."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    """The lines of the document's bash blocks, without comments, and the commands within its sentences and tables."""
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(
+        r"`((?:simpletuner (?:train|check|sample|export|examples)|python |\./train\.sh|tests/run\.sh)[^`…]*)`", prose
+    )
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -39,15 +44,20 @@ EVERY = [(path, line) for path in DOCUMENTS for line in commands(path)]
 @pytest.mark.parametrize(("path", "line"), EVERY, ids=[f"{path.name}: {line}" for path, line in EVERY])
 def test_a_documents_command_exists(path: Path, line: str) -> None:
     program, *arguments = shlex.split(line)
-    if program == ".venv/bin/simpletuner":
+    if program in ("simpletuner", ".venv/bin/simpletuner"):
         verb, *rest = arguments
         assert verb in VERBS
+        if "--example" in rest:
+            assert load(example=rest[rest.index("--example") + 1]).config
         for argument in rest:
             if "=" in argument and not argument.startswith("--"):
                 assert option_field(argument.split("=", 1)[0]) is not None, argument
     elif program in ("python", ".venv/bin/python"):
         target = arguments[0] if arguments[0] != "-m" else arguments[1].replace(".", "/") + ".py"
         assert (ROOT / target).is_file()
+        source = (ROOT / target).read_text(encoding="utf-8")
+        flags = [argument for argument in arguments if argument.startswith("--")]
+        assert all(f'"{flag}"' in source for flag in flags), flags
     else:
         assert (ROOT / program).is_file(), "a command of the documents is a file of the project"
         assert (ROOT / program).stat().st_mode & 0o111, "and can be run"
