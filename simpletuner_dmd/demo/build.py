@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,15 @@ from simpletuner_dmd.demo.skeleton import SHIFT, TEXT_ROWS, save_text_parts
 from simpletuner_dmd.demo.train_transformer import encode_clips, train_transformer
 from simpletuner_dmd.demo.train_vae import train_vae
 
-CLIPS = 4096
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is trained; the defaults are those of the model that ships."""
+
+    vae_steps: tuple[int, int, int] = (450, 450, 120)
+    vae_clips: int = 768
+    clips: int = 4096
+    transformer_steps: int = 4000
 
 
 def save_index(folder: Path) -> None:
@@ -35,16 +44,17 @@ def save_index(folder: Path) -> None:
     pipeline.save_config(folder)
 
 
-def build(out: Path, seed: int) -> None:
+def build(out: Path, seed: int, effort: Effort = Effort()) -> None:  # noqa: B008 - frozen
+    """Trains everything and writes the pipeline folder `out`, with built.json beside the parts."""
     out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    psnr = train_vae(out / "vae", seed=seed)
+    psnr = train_vae(out / "vae", seed=seed, steps=effort.vae_steps, clips=effort.vae_clips)
     vae_seconds = time.perf_counter() - began
     print(f"VAE: {psnr:.1f} dB on clips it has not seen, {vae_seconds:.0f} s")
     save_text_parts(out, seed)
-    data = encode_clips(out, CLIPS, seed=seed + 1)
+    data = encode_clips(out, effort.clips, seed=seed + 1)
     began = time.perf_counter()
-    loss = train_transformer(out, data, seed=seed)
+    loss = train_transformer(out, data, seed=seed, steps=effort.transformer_steps)
     seconds = time.perf_counter() - began
     print(f"transformer: loss {loss:.4f}, {seconds:.0f} s")
     save_index(out)
