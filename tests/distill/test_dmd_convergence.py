@@ -82,7 +82,7 @@ def test_an_affine_student_reaches_the_teachers_mean_and_covariance(guidance: fl
     method = DMD(teacher, student, OracleCritic(student), settings(guidance=guidance), CPU)
     train(method, {"student": torch.optim.Adam(student.parameters(), lr=0.02)}, 1500, 32, (2, 1, 1, 2))
     offset, matrix = student.offset[0].detach(), student.matrix[0].detach()
-    assert float((offset - (negative + guidance * (MEAN - negative))).abs().max()) < 2e-6
+    assert float((offset - (negative + guidance * (MEAN - negative))).abs().max()) < 1.5e-6
     assert float((matrix @ matrix.T - COVARIANCE).abs().max()) < 2e-3
 
 
