@@ -62,6 +62,11 @@ class Ema:
                 shadow.lerp_(weight, share)
         self.updates = student_updates
 
+    @torch.no_grad()
+    def restart(self, student_updates: int) -> None:
+        """Begins at the weights as they are, after `student_updates` updates that no average has seen."""
+        self._move(1.0, student_updates)
+
     @contextmanager
     def swap(self) -> Iterator[None]:
         """The model holds the average inside the block, and its own weights, bit for bit, after it."""

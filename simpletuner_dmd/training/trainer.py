@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.flow import Batch
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.training.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
@@ -31,18 +32,6 @@ from simpletuner_dmd.training.progress import Progress, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 
 CHECKPOINTS = "checkpoints"
-
-
-class Method(Protocol):
-    """What the loop needs of an algorithm; `simpletuner_dmd.distill.method.Method` says it in full."""
-
-    def turns(self, step: int) -> Any: ...
-
-    def end_step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Batches(Protocol):
@@ -169,6 +158,10 @@ class Trainer:
             optimizer.updates = int(state.meta["updates"][role])
         if self.ema is not None and state.ema is not None:
             self.ema.load_state_dict(state.ema)
+        elif self.ema is not None:
+            # Averaging was switched on after this checkpoint. The average was made before the weights were loaded, so
+            # it holds an untrained student, and a run that is already at its end would export that.
+            self.ema.restart(self.optimizers["student"].updates)
         self.method.load_state_dict(state.method)
         self.step = state.step
 

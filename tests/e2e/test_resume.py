@@ -147,3 +147,13 @@ def test_resume_from_a_named_checkpoint(make_project: ProjectMaker, capsys: pyte
     assert_same_bits(project.exported(), before)
     assert project.train("resume_from_checkpoint=checkpoint-000005") == 2
     assert "checkpoint-000006" in capsys.readouterr().err
+
+
+def test_averaging_switched_on_later_starts_at_the_trained_weights(make_project: ProjectMaker) -> None:
+    """The average is made before a checkpoint is loaded; a finished run must not export that untrained student."""
+    project = make_project("average", distillation=DISTILLATION, **{**OPTIONS, "use_ema": False, "max_train_steps": 4})
+    assert project.train() == 0
+    raw = project.exported()
+    assert any(tensor.any() for name, tensor in raw.items() if "lora_B" in name)
+    assert project.train("use_ema=true") == 0
+    assert_same_bits(project.exported(), raw)
