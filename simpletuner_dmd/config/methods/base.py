@@ -48,6 +48,8 @@ class DistillationOptions(Options):
     title: ClassVar[str] = ""
     has_critic: ClassVar[bool] = False
     """A second network learns the score of the student's samples."""
+    has_detail_expert: ClassVar[bool] = False
+    """The student is two experts: "student" at high noise, "detail" below `boundary`."""
     student_routes: ClassVar[bool] = False
     """TREAD acts in the student's own loss (it always does in the critic's)."""
 
@@ -79,6 +81,16 @@ class DistillationOptions(Options):
     def transition(self) -> str:
         """Between two rungs of the student's ladder: "sde" or "ode"."""
         return "sde"
+
+    @property
+    def has_discriminator(self) -> bool:
+        """A head on features is trained as a role of its own."""
+        return False
+
+    @property
+    def boundary(self) -> float:
+        """The sigma from which on, upwards, the high-noise expert of a two-expert student works."""
+        return 0.0
 
     @property
     def needs_latents(self) -> bool:
