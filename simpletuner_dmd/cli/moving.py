@@ -14,11 +14,9 @@ from simpletuner_dmd.wan.roles import Roles
 
 
 def role_optimizers(config: TrainConfig, roles: Roles, method: Method, steps: int) -> dict[str, RoleOptimizer]:
-    """The student's and, in distillation, the critic's. A schedule is as long as its role has updates."""
-    optimizers = {"student": _student(config, roles, method, steps)}
-    if config.distillation_method is not None:
-        optimizers["critic"] = _critic(config, roles, method, steps)
-    return optimizers
+    """One for each role that moves. A schedule is as long as its role has updates."""
+    make = {"student": _student, "critic": _critic}
+    return {role: make[role](config, roles, method, steps) for role in roles.parameters}
 
 
 def student_average(config: TrainConfig, roles: Roles) -> Ema | None:
@@ -29,7 +27,7 @@ def student_average(config: TrainConfig, roles: Roles) -> Ema | None:
 
 
 def _student(config: TrainConfig, roles: Roles, method: Method, steps: int) -> RoleOptimizer:
-    interval = config.dmd.generator_update_interval if config.distillation_method else 1
+    interval = config.distillation.student_interval if config.distillation_method else 1
     optimizer = build_optimizer(
         config.optimizer,
         roles.parameters["student"],
@@ -53,22 +51,23 @@ def _student(config: TrainConfig, roles: Roles, method: Method, steps: int) -> R
 
 
 def _critic(config: TrainConfig, roles: Roles, method: Method, steps: int) -> RoleOptimizer:
-    dmd = config.dmd
+    critic = config.critic
+    assert critic is not None, "a critic without settings"
     optimizer = build_optimizer(
         config.optimizer,
         roles.parameters["critic"],
-        lr=dmd.fake_score_lr,
-        betas=dmd.fake_score_betas,
-        weight_decay=dmd.fake_score_weight_decay,
-        eps=dmd.fake_score_eps,
+        lr=critic.fake_score_lr,
+        betas=critic.fake_score_betas,
+        weight_decay=critic.fake_score_weight_decay,
+        eps=critic.fake_score_eps,
     )
     schedule = build_schedule(
-        dmd.fake_score_lr_scheduler,
+        critic.fake_score_lr_scheduler,
         optimizer,
         updates=max(1, method.updates("critic", steps)),
-        warmup=dmd.fake_score_lr_warmup_steps,
+        warmup=critic.fake_score_lr_warmup_steps,
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
         lr_end=config.lr_end,
     )
-    return RoleOptimizer(roles.parameters["critic"], optimizer, schedule, dmd.fake_score_grad_clip)
+    return RoleOptimizer(roles.parameters["critic"], optimizer, schedule, critic.fake_score_grad_clip)

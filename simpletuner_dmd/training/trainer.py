@@ -233,7 +233,8 @@ class Trainer:
                 stream = RandomStream(settings.seed, step, batch.positions)
                 for loss in turn.losses(batch, stream):
                     (loss.value / settings.accumulation).backward(inputs=role.tensors)
-                    values[loss.name] += float(loss.value.detach()) / settings.accumulation
+                    shown = float(loss.value.detach()) if loss.reported is None else loss.reported
+                    values[loss.name] += shown / settings.accumulation
                     for name, value in loss.metrics.items():
                         values[name] += value / settings.accumulation
             values[f"{turn.role}_lr"] = role.lr
