@@ -1,0 +1,138 @@
+"""Self-forcing on frames whose joint distribution is known: DMD's losses over a block-wise rollout."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from simpletuner_dmd.distill.method import Ingredients
+from simpletuner_dmd.distill.self_forcing import block_settings, build
+from simpletuner_dmd.flow import Schedule
+from simpletuner_dmd.randomness import RandomStream
+
+from .causal_toys import AffineCausalStudent, CausalOracleCritic, FrameSum, JointGaussian, autoregressive
+from .oracles import CPU, FastStream, make_batch
+
+MEMORY, MEAN = 0.8, torch.tensor([0.5, -0.2, 0.3, 0.0])
+FRAMES = len(MEAN)
+
+
+def options(**changes: object) -> SimpleNamespace:
+    """The keys that the method reads, with their defaults, for a student of one-frame blocks."""
+    known = {
+        "rollout": "simulate", "renoise": "sde", "last_step_only": False, "same_step_across_blocks": False,
+        "num_frame_per_block": 1, "independent_first_frame": False, "context_noise": 0.0, "start_gradient_frame": 0,
+        "generator_update_interval": 1, "critic_warmup_steps": 0, "critic_noise_repeats": 1,
+        "real_score_guidance_scale": 1.0, "fake_score_guidance_scale": 0.0, "min_timestep_ratio": 0.02,
+        "max_timestep_ratio": 0.98, "timestep_shift": 1.0, "min_score_timestep": 0.0, "ts_schedule": True,
+        "ts_schedule_max": False,
+    }  # fmt: skip
+    return SimpleNamespace(**{**known, **changes})
+
+
+def parts(student: object, ladder: tuple[float, ...] = (1.0,), **changes: object) -> Ingredients:
+    teacher = JointGaussian(MEAN, autoregressive(FRAMES, MEMORY))
+    critic = CausalOracleCritic(student) if isinstance(student, AffineCausalStudent) else teacher
+    return Ingredients(teacher, student, Schedule(1.0, ladder), options(**changes), CPU, critic=critic)  # type: ignore[arg-type]
+
+
+def train(student: AffineCausalStudent, steps: int = 1200, **changes: object) -> None:
+    method = build(parts(student, **changes))
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.03)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    batch = make_batch(64, (1, FRAMES, 1, 2))
+    for step in range(steps):
+        for turn in method.turns(step):
+            if turn.role == "student":
+                optimizer.zero_grad()
+                for loss in turn.losses(batch, FastStream(0, step, batch.positions)):
+                    loss.value.backward()
+                optimizer.step()
+                decay.step()
+        method.end_step()
+
+
+def test_a_causal_student_learns_the_joint_distribution_of_the_frames() -> None:
+    """x_f - m_f = 0.8 (x_(f-1) - m_(f-1)) + 0.6 e: the student has to find the 0.8 in its own earlier frames."""
+    student = AffineCausalStudent(FRAMES)
+    train(student)
+    mean, covariance = student.distribution()
+    assert float((mean - MEAN).abs().max()) < 0.01
+    assert float((covariance - autoregressive(FRAMES, MEMORY)).abs().max()) < 0.01
+    assert float((student.memory.detach().diagonal(-1) - MEMORY).abs().max()) < 0.01
+    assert float((student.scale.detach()[1:] - (1 - MEMORY**2) ** 0.5).abs().max()) < 0.01
+
+
+def test_frames_before_the_gradient_window_do_not_train() -> None:
+    student = AffineCausalStudent(FRAMES)
+    train(student, steps=20, start_gradient_frame=-2)
+    assert torch.equal(student.scale.detach()[:2], torch.full((2,), 0.5))
+    assert not bool(student.memory.detach()[:2].any())
+    assert not bool((student.scale.detach()[2:] == 0.5).any())
+
+
+def test_the_critic_learns_from_the_students_rollout_of_the_same_step() -> None:
+    student = FrameSum()
+    method = build(parts(student, ladder=(1.0, 0.5)))
+    batch, stream = make_batch(2, (1, FRAMES, 1, 2)), RandomStream(0, 3, (0, 1))
+    turns = list(method.turns(3))
+    assert [turn.role for turn in turns] == ["student", "critic"]
+    (loss,) = turns[0].losses(batch, stream)
+    after_student = len(student.calls)
+    assert loss.value.requires_grad
+    list(turns[1].losses(batch, stream))
+    assert len(student.calls) == after_student  # reused, not rolled out again
+    method.end_step()
+    list(turns[1].losses(batch, stream))
+    assert len(student.calls) == 2 * after_student
+    assert not any(call.with_grad for call in student.calls[after_student:])
+
+
+def test_one_noise_window_holds_the_windows_of_all_blocks() -> None:
+    """Lower end from the latest exit, upper end from the earliest; the levels drawn in training stay inside."""
+    ladder = (1.0, 0.8, 0.6)
+    method = build(parts(FrameSum(), ladder=ladder, ts_schedule=True, ts_schedule_max=True))
+    window = method.score_window(2, 1)
+    assert (window.low, window.high) == (0.02, 0.8)
+    window = method.score_window(1, 0)
+    assert (window.low, window.high) == (0.6, 0.98)
+    assert method.score_window(1, 1) == method.score_window(1)
+
+    seen: list[tuple[float, float]] = []
+    inner = method.teacher
+
+    class Watching:
+        def velocity(self, x_t_BCFHW, sigma, text, *, routed=False):  # type: ignore[no-untyped-def]
+            seen.extend((float(s), 0.0) for s in sigma)
+            return inner.velocity(x_t_BCFHW, sigma, text)
+
+    method.teacher = Watching()
+    batch = make_batch(16, (1, FRAMES, 1, 2))
+    for step in range(40):
+        seen.clear()
+        stream = RandomStream(0, step, batch.positions)
+        (loss,) = method.student_losses(batch, stream)
+        assert loss.value.requires_grad
+        rollout = method._roll_out(batch, stream, with_grad=False)
+        first, last = min(rollout.exit_rungs), max(rollout.exit_rungs)  # type: ignore[attr-defined]
+        low = max(0.02, (*ladder, 0.0)[last + 1])
+        high = min(0.98, ladder[first])
+        assert all(low <= level <= high for level, _ in seen)
+        assert len(seen) == 16
+
+
+def test_every_key_reaches_the_rollout() -> None:
+    settings = block_settings(parts(FrameSum(), ladder=(1.0, 0.5), renoise="ode", num_frame_per_block=2,
+                                    independent_first_frame=True, context_noise=30.0, same_step_across_blocks=True,
+                                    last_step_only=True, start_gradient_frame=-3))  # fmt: skip
+    assert settings.schedule.ladder == (1.0, 0.5)
+    assert (settings.renoise, settings.num_frame_per_block, settings.independent_first_frame) == ("ode", 2, True)
+    assert (settings.context_noise, settings.same_step_across_blocks) == (30.0, True)
+    assert (settings.last_step_only, settings.start_gradient_frame) == (True, -3)
+
+
+def test_a_student_that_is_not_causal_is_refused() -> None:
+    with pytest.raises(AssertionError, match="works block by block"):
+        build(parts(JointGaussian(MEAN, autoregressive(FRAMES, MEMORY))))
