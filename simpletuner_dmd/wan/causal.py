@@ -134,6 +134,11 @@ def _rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2).type_as(x_BNHD)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Along the tokens; a single part is not copied, or a full pass would keep a copy of its keys for every block."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 class CausalProcessor(WanAttnProcessor):
     """Self-attention of one layer: as its plan says, or stock where there is none."""
 
@@ -152,13 +157,14 @@ class CausalProcessor(WanAttnProcessor):
         key = _rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), *rotary_emb)
         value = attn.to_v(hidden_states).unflatten(2, heads)
         if request.kept is not None:
-            request.kept[self.layer] = (key.detach(), value.detach())
+            # Under autocast the norms give fp32 keys, which attention would round anyway: not kept at twice the size.
+            request.kept[self.layer] = (key.detach().to(value.dtype), value.detach())
         past_keys = [chunk.keys[self.layer][:, tokens] for chunk, tokens in request.past]
         past_values = [chunk.values[self.layer][:, tokens] for chunk, tokens in request.past]
         outputs = []
         for asking, seen in request.attends:
-            keys = torch.cat([*past_keys, *(key[:, tokens] for tokens in seen)], dim=1)
-            values = torch.cat([*past_values, *(value[:, tokens] for tokens in seen)], dim=1)
+            keys = _joined([*past_keys, *(key[:, tokens] for tokens in seen)])
+            values = _joined([*past_values, *(value[:, tokens] for tokens in seen)])
             outputs.append(dispatch_attention_fn(query[:, asking], keys, values, attn_mask=None, dropout_p=0.0,
                                                  is_causal=False, backend=self._attention_backend,
                                                  parallel_config=None))  # fmt: skip

@@ -232,6 +232,21 @@ def test_a_window_too_small_for_a_block_is_a_clear_mistake() -> None:
         Window(-1, 3)
 
 
+@torch.no_grad()
+def test_under_autocast_the_cache_is_as_narrow_as_the_computation() -> None:
+    network, text = tiny_wan(), prompts()
+    student = causal(network)
+    student.plain.autocast = torch.bfloat16
+    x, sigma_BF = clip(6), levels(student, 6)
+    cache = student.commit(x[:, :, :2], sigma_BF[:, 0], text, cache=None, start_frame=0)
+    assert {tensor.dtype for chunk in cache.chunks for tensor in (*chunk.keys, *chunk.values)} == {torch.bfloat16}
+    full, exact = student.velocity(x, sigma_BF, text), causal(network).velocity(x, sigma_BF, text)
+    cached = by_blocks(student, x, sigma_BF, text)
+    rounding = float((full - exact).norm() / exact.norm())
+    assert 1e-4 < rounding < 2e-2
+    assert float((cached - full).norm() / full.norm()) < 2 * rounding
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
