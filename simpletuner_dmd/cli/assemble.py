@@ -17,10 +17,10 @@ from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.method import Ingredients, Method
-from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Schedule, TextEmbedding
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import Sampler
-from simpletuner_dmd.wan.adapters import AdapterSpec
+from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
@@ -119,6 +119,8 @@ class Assembly:
             found["critic"] = AdapterSpec(
                 critic.fake_score_lora_rank, critic.fake_score_lora_alpha, student.init, 0.0, student.targets
             )
+        if config.distillation_config is not None and config.distillation_config.has_detail_expert:
+            found["detail"] = self.detail_adapter
         return found
 
     def _full_network(self) -> nn.Module:
@@ -138,6 +140,14 @@ class Assembly:
             targets=tuple(config.peft_lora_target_modules) if config.peft_lora_target_modules else None,
         )
 
+    @property
+    def detail_adapter(self) -> AdapterSpec:
+        """The low-noise expert: a LoRA on the conditioning layers and the head as well, which alone fit each expert to
+        its noise levels in the parameter-efficient form of the dual-expert paper (arXiv 2506.03123)."""
+        student = self.student_adapter
+        targets = (*(student.targets or DEFAULT_TARGETS), *CONDITIONING_TARGETS)
+        return AdapterSpec(student.rank, student.alpha, student.init, 0.0, targets)
+
     # --- noise levels and samplers ----------------------------------------------------------------------------------
 
     @cached_property
@@ -153,6 +163,13 @@ class Assembly:
         if not self.schedule.ladder:
             return Sampler(self.schedule, "ode", config.validation_num_inference_steps, config.validation_guidance)
         return Sampler(self.schedule, config.distillation.transition, guidance=1.0)
+
+    def sampled_student(self, roles: Roles) -> Denoiser:
+        """The student as it is sampled: both experts, where there are two."""
+        settings = self.config.distillation_config
+        if settings is None or not settings.has_detail_expert:
+            return roles.student
+        return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
 
     @property
     def teacher_sampler(self) -> Sampler:
@@ -177,6 +194,7 @@ class Assembly:
             caption_dropout_probability=config.caption_dropout_probability,
             critic=roles.critic,
             target=target,
+            detail=roles.denoisers.get("detail"),
         )
         try:
             return build(parts)

@@ -48,6 +48,8 @@ class DistillationOptions(Options):
     title: ClassVar[str] = ""
     has_critic: ClassVar[bool] = False
     """A second network learns the score of the student's samples."""
+    has_detail_expert: ClassVar[bool] = False
+    """The student is two experts: "student" at high noise, "detail" below `boundary`."""
     student_routes: ClassVar[bool] = False
     """TREAD acts in the student's own loss (it always does in the critic's)."""
 
@@ -79,6 +81,21 @@ class DistillationOptions(Options):
     def transition(self) -> str:
         """Between two rungs of the student's ladder: "sde" or "ode"."""
         return "sde"
+
+    @property
+    def has_discriminator(self) -> bool:
+        """A head on features is trained as a role of its own."""
+        return False
+
+    @property
+    def blockwise(self) -> bool:
+        """The student is causal: it makes a clip block by block."""
+        return False
+
+    @property
+    def boundary(self) -> float:
+        """The sigma from which on, upwards, the high-noise expert of a two-expert student works."""
+        return 0.0
 
     @property
     def needs_latents(self) -> bool:
@@ -132,7 +149,8 @@ class DistillationOptions(Options):
         return found
 
 
-def _ladder(value: Any) -> list[float]:
+def ladder(value: Any) -> list[float]:
+    """A person's list of steps."""
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -142,7 +160,7 @@ def _ladder(value: Any) -> list[float]:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(_ladder)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
