@@ -51,7 +51,7 @@ class DMD:
 
     def __init__(
         self, teacher: Denoiser, student: Denoiser, critic: Denoiser, settings: DMDSettings, device: torch.device,
-        roll_out: RollOut | None = None,
+        *, roll_out: RollOut | None = None,
     ) -> None:  # fmt: skip
         self.teacher, self.student, self.critic = teacher, student, critic
         self.settings, self.device, self.own_roll_out = settings, device, roll_out
@@ -148,7 +148,7 @@ class DMD:
         assert not state, f"unexpected method state {sorted(state)}"
 
 
-def build(parts: Ingredients, roll_out: RollOut | None = None) -> DMD:
+def build(parts: Ingredients) -> DMD:
     """The method from `distillation_config`. Raises ValueError where a noise window is empty for one of the rungs."""
     options = parts.options
     assert parts.critic is not None, "DMD has a critic"
@@ -167,4 +167,4 @@ def build(parts: Ingredients, roll_out: RollOut | None = None) -> DMD:
         critic_noise_repeats=options.critic_noise_repeats,
         caption_dropout_probability=parts.caption_dropout_probability,
     )
-    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device, roll_out)
+    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device)

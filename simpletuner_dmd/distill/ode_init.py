@@ -176,20 +176,15 @@ class Initialised:
         self.then.load_state_dict(state)
 
 
-def settings_of(parts: Ingredients, *, causal: bool) -> OdeInitSettings:
-    """From the keys of the same names; `huber_c` acts where `ode_loss_type` is pseudo_huber."""
+def build(parts: Ingredients) -> OdeInit:
+    """The method from `distillation_config`; a causal student gets a rung per block."""
     options = parts.options
-    return OdeInitSettings(
+    settings = OdeInitSettings(
         schedule=parts.schedule,
         ode_steps=options.ode_steps,
         guidance_scale=options.real_score_guidance_scale,
         rungs_per_trajectory=options.rungs_per_trajectory,
         huber_c=options.ode_huber_c if options.ode_loss_type == "pseudo_huber" else None,
-        plan=(options.num_frame_per_block, options.independent_first_frame) if causal else None,
+        plan=(options.num_frame_per_block, options.independent_first_frame) if options.causal else None,
     )
-
-
-def build(parts: Ingredients) -> OdeInit:
-    """The method from `distillation_config`; a student that works block by block gets a rung per block."""
-    settings = settings_of(parts, causal=hasattr(parts.student, "block_velocity"))
     return OdeInit(parts.teacher, parts.student, settings, parts.device)

@@ -7,16 +7,15 @@ another one. Captions alone are enough: no loss reads data.
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import cast
 
-from simpletuner_dmd.distill import dmd
 from simpletuner_dmd.distill.blocks import BlockRollout, BlockRolloutSettings, CausalDenoiser, roll_out_blocks
+from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.method import Ingredients
-from simpletuner_dmd.distill.rollout import RollOut
+from simpletuner_dmd.distill.rollout import RollOut, RolloutSettings
 from simpletuner_dmd.flow import Batch
 from simpletuner_dmd.randomness import RandomStream
-
-__all__ = ["block_settings", "build", "rollout_of"]
 
 
 def block_settings(parts: Ingredients) -> BlockRolloutSettings:
@@ -45,6 +44,15 @@ def rollout_of(parts: Ingredients) -> RollOut:
     return roll
 
 
-def build(parts: Ingredients) -> dmd.DMD:
-    """DMD over block rollouts. parts.student must be a CausalDenoiser; ValueError as in `dmd.build`."""
-    return dmd.build(parts, rollout_of(parts))
+def build(parts: Ingredients) -> DMD:
+    """DMD over block rollouts. Raises ValueError where a noise window is empty for one of the rungs."""
+    options = parts.options
+    assert parts.critic is not None, "self-forcing has a critic"
+    # Every setting of DMD that these options have too goes by the same name; what they lack stays off.
+    shared = {field.name: getattr(options, field.name) for field in fields(DMDSettings) if hasattr(options, field.name)}
+    shared |= {
+        "rollout": RolloutSettings(parts.schedule, options.renoise, last_step_only=options.last_step_only),
+        "caption_dropout_probability": parts.caption_dropout_probability,
+    }
+    settings = DMDSettings(**shared)
+    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device, roll_out=rollout_of(parts))

@@ -157,7 +157,7 @@ class CausalProcessor(WanAttnProcessor):
         key = _rotate(attn.norm_k(attn.to_k(hidden_states)).unflatten(2, heads), *rotary_emb)
         value = attn.to_v(hidden_states).unflatten(2, heads)
         if request.kept is not None:
-            # Under autocast the norms give fp32 keys, which attention would round anyway: not kept at twice the size.
+            # Autocast may leave keys in fp32 after the norm; attention rounds them anyway, so they are kept rounded.
             request.kept[self.layer] = (key.detach().to(value.dtype), value.detach())
         past_keys = [chunk.keys[self.layer][:, tokens] for chunk, tokens in request.past]
         past_values = [chunk.values[self.layer][:, tokens] for chunk, tokens in request.past]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.config.methods.blockwise import DiffusionForcingConfig
 from simpletuner_dmd.distill.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, build
 from simpletuner_dmd.distill.method import Ingredients
 from simpletuner_dmd.flow import Schedule, SigmaWindow, TextEmbedding, unshifted
@@ -95,9 +94,7 @@ def test_levels_are_constant_within_a_block_and_independent_between_blocks_and_s
 
 def test_the_student_sees_each_block_at_its_own_level_with_the_captions_dropped_as_asked() -> None:
     spy = Spy(LinearCausal())
-    options = SimpleNamespace(
-        num_frame_per_block=2, independent_first_frame=False, min_timestep_ratio=0.05, max_timestep_ratio=0.95
-    )
+    options = DiffusionForcingConfig(num_frame_per_block=2, min_timestep_ratio=0.05, max_timestep_ratio=0.95)
     method = build(Ingredients(spy, spy, Schedule(3.0), options, CPU, caption_dropout_probability=0.5))
     assert method.settings.window == SigmaWindow(0.05, 0.95, 3.0)
     batch, stream = make_batch(64, (1, FRAMES, 1, 2), data(64, 1)), RandomStream(0, 0, tuple(range(64)))

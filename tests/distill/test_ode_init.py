@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.config.methods.blockwise import OdeInitConfig
 from simpletuner_dmd.distill.method import Ingredients, Turn
 from simpletuner_dmd.distill.ode_init import (
     Initialised,
@@ -37,13 +37,11 @@ NOISE = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
 class PerRung(nn.Module):
     """x0 = A x + b with its own A, b at every rung; sigma [B] or [B, F], every sample and frame at its own rung."""
 
-    def __init__(self, ladder: tuple[float, ...], causal: bool = False) -> None:
+    def __init__(self, ladder: tuple[float, ...]) -> None:
         super().__init__()
         self.ladder = torch.tensor(ladder)
         self.matrix = nn.Parameter(0.5 * torch.eye(2).repeat(len(ladder), 1, 1))
         self.offset = nn.Parameter(torch.zeros(len(ladder), 2))
-        if causal:
-            self.block_velocity = None  # what `build` looks for; never called
 
     def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
         sigma_BF = sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t_BCFHW.shape[2])
@@ -173,15 +171,15 @@ def test_the_two_losses() -> None:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_every_key_reaches_the_method(causal: bool) -> None:
-    options = SimpleNamespace(
+    options = OdeInitConfig(
         ode_steps=7, real_score_guidance_scale=2.0, rungs_per_trajectory=2, ode_loss_type="pseudo_huber",
-        ode_huber_c=0.01, num_frame_per_block=2, independent_first_frame=True,
+        ode_huber_c=0.01, num_frame_per_block=2, independent_first_frame=True, causal=causal,
     )  # fmt: skip
-    student = PerRung(LITERAL.ladder, causal)
+    student = PerRung(LITERAL.ladder)
     method = build(Ingredients(TEACHER, student, LITERAL, options, CPU))
     assert method.settings == OdeInitSettings(LITERAL, 7, 2.0, 2, 0.01, (2, True) if causal else None)
-    options.ode_loss_type = "mse"
-    assert build(Ingredients(TEACHER, student, LITERAL, options, CPU)).settings.huber_c is None
+    squared = options.model_copy(update={"ode_loss_type": "l2"})
+    assert build(Ingredients(TEACHER, student, LITERAL, squared, CPU)).settings.huber_c is None
 
 
 # --- before another method --------------------------------------------------------------------------------------------

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
 
+from simpletuner_dmd.config.methods.blockwise import SelfForcingConfig
 from simpletuner_dmd.distill.method import Ingredients
 from simpletuner_dmd.distill.self_forcing import block_settings, build
 from simpletuner_dmd.flow import Schedule
@@ -19,23 +20,15 @@ MEMORY, MEAN = 0.8, torch.tensor([0.5, -0.2, 0.3, 0.0])
 FRAMES = len(MEAN)
 
 
-def options(**changes: object) -> SimpleNamespace:
-    """The keys that the method reads, with their defaults, for a student of one-frame blocks."""
-    known = {
-        "rollout": "simulate", "renoise": "sde", "last_step_only": False, "same_step_across_blocks": False,
-        "num_frame_per_block": 1, "independent_first_frame": False, "context_noise": 0.0, "start_gradient_frame": 0,
-        "generator_update_interval": 1, "critic_warmup_steps": 0, "critic_noise_repeats": 1,
-        "real_score_guidance_scale": 1.0, "fake_score_guidance_scale": 0.0, "min_timestep_ratio": 0.02,
-        "max_timestep_ratio": 0.98, "timestep_shift": 1.0, "min_score_timestep": 0.0, "ts_schedule": True,
-        "ts_schedule_max": False,
-    }  # fmt: skip
-    return SimpleNamespace(**{**known, **changes})
+def options(**changes: object) -> SelfForcingConfig:
+    """For a student of one-frame blocks, without guidance."""
+    return SelfForcingConfig(**{"num_frame_per_block": 1, "real_score_guidance_scale": 1.0, **changes})
 
 
 def parts(student: object, ladder: tuple[float, ...] = (1.0,), **changes: object) -> Ingredients:
     teacher = JointGaussian(MEAN, autoregressive(FRAMES, MEMORY))
     critic = CausalOracleCritic(student) if isinstance(student, AffineCausalStudent) else teacher
-    return Ingredients(teacher, student, Schedule(1.0, ladder), options(**changes), CPU, critic=critic)  # type: ignore[arg-type]
+    return Ingredients(teacher, student, Schedule(1.0, ladder), options(**changes), CPU, critic=critic)
 
 
 def train(student: AffineCausalStudent, steps: int = 1200, **changes: object) -> None:
@@ -104,7 +97,7 @@ def test_one_noise_window_holds_the_windows_of_all_blocks() -> None:
     inner = method.teacher
 
     class Watching:
-        def velocity(self, x_t_BCFHW, sigma, text, *, routed=False):  # type: ignore[no-untyped-def]
+        def velocity(self, x_t_BCFHW, sigma, text, *, routed=False):
             seen.extend(sigma.tolist())
             return inner.velocity(x_t_BCFHW, sigma, text)
 
@@ -117,7 +110,7 @@ def test_one_noise_window_holds_the_windows_of_all_blocks() -> None:
         (loss,) = method.student_losses(batch, stream)
         assert loss.value.requires_grad
         rollout = method._roll_out(batch, stream, with_grad=False)
-        first, last = min(rollout.exit_rungs), max(rollout.exit_rungs)  # type: ignore[attr-defined]
+        first, last = min(rollout.exit_rungs), max(rollout.exit_rungs)
         low = max(0.02, (*ladder, 0.0)[last + 1])
         high = min(0.98, ladder[first])
         assert all(low <= level <= high for level in seen)
@@ -134,6 +127,18 @@ def test_every_key_reaches_the_rollout() -> None:
     assert (settings.renoise, settings.num_frame_per_block, settings.independent_first_frame) == ("ode", 2, True)
     assert (settings.context_noise, settings.same_step_across_blocks) == (30.0, True)
     assert (settings.last_step_only, settings.start_gradient_frame) == (True, -3)
+
+
+def test_every_key_of_the_comparison_reaches_dmd() -> None:
+    changes = {"generator_update_interval": 5, "critic_warmup_steps": 7, "real_score_guidance_scale": 2.5,
+               "fake_score_guidance_scale": 1.5, "min_timestep_ratio": 0.1, "max_timestep_ratio": 0.9,
+               "timestep_shift": 3.0, "min_score_timestep": 50.0, "ts_schedule": False, "ts_schedule_max": True,
+               "critic_noise_repeats": 2}  # fmt: skip
+    ingredients = replace(parts(FrameSum(), ladder=(1.0, 0.5), **changes), caption_dropout_probability=0.2)
+    settings = build(ingredients).settings
+    assert {key: getattr(settings, key) for key in changes} == changes
+    assert settings.caption_dropout_probability == 0.2
+    assert (settings.rollout.schedule, settings.rollout.source) == (ingredients.schedule, "simulate")
 
 
 def test_a_student_that_is_not_causal_is_refused() -> None:
