@@ -12,6 +12,7 @@ from torch import nn
 
 from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import depth_of
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
@@ -26,6 +27,7 @@ from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
@@ -96,6 +98,7 @@ class Assembly:
         lora = config.model_type == "lora"
         distilling = config.distillation_method is not None
         full_critic = distilling and config.dmd.fake_score_type == "full"
+        routes = self.routes  # before any weight is loaded: they may not fit the model
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
         roles = build_roles(
@@ -109,7 +112,22 @@ class Assembly:
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        return roles, [notice] if notice else []
+        routed = "student" if roles.critic is None else "critic"
+        (roles.critic or roles.student).routes = routes
+        lines = [routing_line(routed, routes, depth_of(self.network))] if routes else []
+        return roles, [notice, *lines] if notice else lines
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """TREAD's, with blocks counted from 0; a UserError where the model does not have them."""
+        tread = self.config.tread_config
+        if tread is None:
+            return ()
+        depth = depth_of(self.network)
+        problems = tread.depth_problems(depth, self.loaded.origins.get("tread_config", ""))
+        if problems:
+            raise UserError(problems)
+        return tuple(Route(*span) for span in tread.spans(depth))
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
