@@ -433,6 +433,9 @@ def test_a_runner_that_was_replaced_is_noticed() -> None:
     network.enable_gradient_checkpointing()
     with pytest.raises(AssertionError, match="no BlockRunner"):
         routed_pass(role, SIGMA_B)
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=BlockRunner.of(denoiser(ONE).transformer))
+    with pytest.raises(AssertionError, match="belongs to another transformer"):
+        routed_pass(role, SIGMA_B)
 
 
 def test_draws_for_another_batch_are_an_error() -> None:
