@@ -9,14 +9,13 @@ from pydantic import Field, ValidationError
 
 from simpletuner_dmd.config.coerce import Options
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.methods.base import DistillationOptions
 from simpletuner_dmd.config.mistakes import refusals, shown, unknown_key
 
 KEY = "tread_config"
 LIKE_THIS = (
     'for example "tread_config": {"routes": [{"selection_ratio": 0.25, "start_layer_idx": 2, "end_layer_idx": -2}]}'
 )
-ROUTING_METHODS = (None, "dmd")
-"""`distillation_method`s with a plain denoising loss, the only kind that is routed; None is supervised training."""
 STOCK_DEPTH = 40  # of a WanTransformer3DModel whose config file does not say
 
 
@@ -133,14 +132,23 @@ def _unknown(written: dict[Any, Any], model: type[Options], place: str, prefix: 
     return [problem for problem in found if problem]
 
 
-def tread_notices(tread: TreadConfig | None, method: str | None) -> list[str]:
+def routed_roles(settings: DistillationOptions | None) -> list[str]:
+    """The roles whose own losses are routed: plain denoising losses alone. None is fine-tuning."""
+    if settings is None:
+        return ["student"]
+    student = ["student", *(["detail"] if settings.has_detail_expert else [])] if settings.student_routes else []
+    return [*student, *(["critic"] if settings.has_critic else [])]
+
+
+def tread_notices(tread: TreadConfig | None, settings: DistillationOptions | None) -> list[str]:
     """Where routing acts, or that it does not. One sentence each."""
     if tread is None or not tread.routes:
         return []
-    if method not in ROUTING_METHODS:
-        return [f"{KEY} has no effect: {method} has no plain denoising loss, which is all that is routed."]
+    roles = routed_roles(settings)
+    if not roles:
+        return [f"{KEY} has no effect: this distillation_method has no plain denoising loss, the only kind routed."]
     if not any(route.selection_ratio for route in tread.routes):
         return [f"{KEY} has no effect: every selection_ratio is 0."]
-    if method is not None:
+    if "student" not in roles:
         return [f"{KEY} acts on the critic's turn only: the student's turn and the scores it compares see all tokens."]
     return []

@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 
 from simpletuner_dmd.config import LoadedConfig, TrainConfig, UserError, load
-from simpletuner_dmd.config.tread import TreadConfig, TreadRoute, depth_of, tread_notices
+from simpletuner_dmd.config.methods import DistillationOptions, DmdConfig
+from simpletuner_dmd.config.tread import TreadConfig, TreadRoute, depth_of, routed_roles, tread_notices
 
 GUIDE = Path(__file__).parents[1] / "e2e" / "data" / "wan-lora"
+
+
+class StudentRoutes(DistillationOptions):
+    """A method with a denoising loss of the student's own, on two experts."""
+
+    student_routes = True
+    has_detail_expert = True
 
 
 def route(ratio: float = 0.25, start: int = 2, end: int = -2) -> dict[str, Any]:
@@ -155,11 +163,19 @@ def test_the_depth_of_a_config_file_that_does_not_say_is_the_stock_one() -> None
 def test_where_it_acts_is_said() -> None:
     tread = TreadConfig(routes=[TreadRoute(**route())])
     assert tread_notices(tread, None) == []
-    assert "critic's turn only" in tread_notices(tread, "dmd")[0]
-    assert "no effect: lcm has no plain denoising loss" in tread_notices(tread, "lcm")[0]
+    assert "critic's turn only" in tread_notices(tread, DmdConfig())[0]
+    assert "no effect: this distillation_method has no plain" in tread_notices(tread, DistillationOptions())[0]
+    assert tread_notices(tread, StudentRoutes()) == []
     nothing = TreadConfig(routes=[TreadRoute(**route(ratio=0))])
     assert "every selection_ratio is 0" in tread_notices(nothing, None)[0]
-    assert tread_notices(None, "lcm") == tread_notices(TreadConfig(), "lcm") == []
+    assert tread_notices(None, DmdConfig()) == tread_notices(TreadConfig(), DmdConfig()) == []
+
+
+def test_the_roles_that_are_routed() -> None:
+    assert routed_roles(None) == ["student"]
+    assert routed_roles(DmdConfig()) == ["critic"]
+    assert routed_roles(DistillationOptions()) == []
+    assert routed_roles(StudentRoutes()) == ["student", "detail"]
 
 
 def test_the_notice_is_part_of_the_start(tmp_path: Path) -> None:
