@@ -25,9 +25,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import TextEmbedding
+from simpletuner_dmd.flow import Routing, TextEmbedding
 from simpletuner_dmd.wan.adapters import AdapterSwitch
-from simpletuner_dmd.wan.roles import WanDenoiser
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 
 FrameRange = tuple[int, int]
 """[start, stop) in latent frames."""
@@ -216,7 +216,9 @@ class CausalWanDenoiser:
         self.longest: int = network.rope.max_seq_len
         self.patch: tuple[int, int, int] = tuple(network.config.patch_size)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         """A whole clip through block-causal attention, earlier blocks as noisy as given. sigma [B] or [B, F]."""
         per_frame = self._tokens_per_frame(x_t_BCFHW)
 
@@ -238,7 +240,7 @@ class CausalWanDenoiser:
         self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: KVCache | None, start_frame: int
     ) -> Tensor:
         """One block that starts at `start_frame` and sees the cached blocks; no gradient reaches these."""
-        return self._forward(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame), False)
+        return self._forward(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame), None)
 
     @torch.no_grad()
     def commit(
@@ -248,7 +250,7 @@ class CausalWanDenoiser:
         request = self._block_request(x_BCFHW, cache, start_frame)
         kept: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
         request.kept = kept
-        self._forward(x_BCFHW, sigma, text, request, False)
+        self._forward(x_BCFHW, sigma, text, request, None)
         pairs = [pair for pair in kept if pair is not None]
         assert len(pairs) == self.layers, "a layer kept no keys: something took the plan out of the rotary argument"
         stop = start_frame + x_BCFHW.shape[2]
@@ -278,8 +280,10 @@ class CausalWanDenoiser:
         own = slice(0, x_BCFHW.shape[2] * per_frame)
         return Request(start_frame, [(own, [own])], past)
 
-    def _forward(self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request, routed: bool) -> Tensor:
-        assert not routed, "TREAD drops tokens and their plan with them: not for a causal pass"
+    def _forward(
+        self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request, routed: Routing | None
+    ) -> Tensor:
+        assert routed is None, "TREAD drops tokens and their plan with them: not for a causal pass"
         stop = request.start_frame + x.shape[2]
         if stop > self.longest:
             raise ValueError(
