@@ -3,9 +3,11 @@
 from simpletuner_dmd.config.methods.base import DistillationOptions
 from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dmd import DmdConfig
+from simpletuner_dmd.config.methods.rcm import RcmConfig
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
+    "rcm": RcmConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig"]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "RcmConfig"]
