@@ -216,7 +216,7 @@ class CausalWanDenoiser:
         self.longest: int = network.rope.max_seq_len
         self.patch: tuple[int, int, int] = tuple(network.config.patch_size)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
         """A whole clip through block-causal attention, earlier blocks as noisy as given. sigma [B] or [B, F]."""
         per_frame = self._tokens_per_frame(x_t_BCFHW)
 
@@ -232,13 +232,14 @@ class CausalWanDenoiser:
                 ranges.append((start, stop))
             attends.append((tokens((start, stop)), [tokens(frames) for frames in ranges]))
         assert attends[-1][0].stop == x_t_BCFHW.shape[2] * per_frame, "the blocks do not cover the clip"
-        return self._forward(x_t_BCFHW, sigma, text, Request(0, attends), routed)
+        assert not routed, "TREAD drops tokens and their plan with them: not for a causal pass"
+        return self._forward(x_t_BCFHW, sigma, text, Request(0, attends))
 
     def block_velocity(
         self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: KVCache | None, start_frame: int
     ) -> Tensor:
         """One block that starts at `start_frame` and sees the cached blocks; no gradient reaches these."""
-        return self._forward(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame), False)
+        return self._forward(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame))
 
     @torch.no_grad()
     def commit(
@@ -248,7 +249,7 @@ class CausalWanDenoiser:
         request = self._block_request(x_BCFHW, cache, start_frame)
         kept: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
         request.kept = kept
-        self._forward(x_BCFHW, sigma, text, request, False)
+        self._forward(x_BCFHW, sigma, text, request)
         pairs = [pair for pair in kept if pair is not None]
         assert len(pairs) == self.layers, "a layer kept no keys: something took the plan out of the rotary argument"
         stop = start_frame + x_BCFHW.shape[2]
@@ -278,8 +279,7 @@ class CausalWanDenoiser:
         own = slice(0, x_BCFHW.shape[2] * per_frame)
         return Request(start_frame, [(own, [own])], past)
 
-    def _forward(self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request, routed: bool) -> Tensor:
-        assert not routed, "TREAD drops tokens and their plan with them: not for a causal pass"
+    def _forward(self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request) -> Tensor:
         stop = request.start_frame + x.shape[2]
         if stop > self.longest:
             raise ValueError(
