@@ -21,6 +21,7 @@ from simpletuner_dmd.flow import (
     TIMESTEPS,
     Batch,
     Denoiser,
+    Routing,
     Schedule,
     TextEmbedding,
     add_noise,
@@ -103,7 +104,9 @@ class _AtBlock:
     cache: Cache
     start_frame: int
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return self.denoiser.block_velocity(x_t_BCFHW, sigma, text, cache=self.cache, start_frame=self.start_frame)
 
 

@@ -18,7 +18,7 @@ from simpletuner_dmd.distill.losses import matching_direction, matching_loss, ve
 from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
 from simpletuner_dmd.distill.rollout import RollOut, Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import Batch, Denoiser, SigmaWindow, add_noise, guided_velocity
+from simpletuner_dmd.flow import Batch, Denoiser, Routing, SigmaWindow, add_noise, guided_velocity
 from simpletuner_dmd.randomness import RandomStream
 
 CRITIC_LOW, CRITIC_HIGH = 0.001, 0.999  # the critic sees every noise level, whatever the student's exit
@@ -130,7 +130,8 @@ class DMD:
         for repeat in range(repeats):
             sigma_B = self._critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
             noise = stream.normal(batch.latent_shape, f"critic/noise {repeat}").to(self.device)
-            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=True)
+            routed = Routing(stream, f"critic/tread {repeat}")
+            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
             loss = velocity_loss(velocity, x0, noise).mean()
             yield NamedLoss("fake_score_loss", loss / repeats)
 

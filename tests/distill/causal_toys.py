@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import TextEmbedding
+from simpletuner_dmd.flow import Routing, TextEmbedding
 
 from .oracles import gaussian_velocity
 
@@ -20,7 +20,9 @@ class JointGaussian:
     mean: Tensor
     covariance: Tensor
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return gaussian_velocity(x_t_BCFHW.transpose(1, 2), sigma, self.mean, self.covariance).transpose(1, 2)
 
 
@@ -87,7 +89,9 @@ class AffineCausalStudent(nn.Module):
     def commit(self, x_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: Any, start_frame: int) -> Any:
         return (*(cache or ()), x_BCFHW)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         raise AssertionError("self-forcing never runs the student over a whole clip")
 
     @torch.no_grad()
@@ -104,5 +108,7 @@ class CausalOracleCritic:
 
     student: AffineCausalStudent
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return JointGaussian(*self.student.distribution()).velocity(x_t_BCFHW, sigma, text)

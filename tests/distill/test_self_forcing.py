@@ -97,7 +97,7 @@ def test_one_noise_window_holds_the_windows_of_all_blocks() -> None:
     inner = method.teacher
 
     class Watching:
-        def velocity(self, x_t_BCFHW, sigma, text, *, routed=False):
+        def velocity(self, x_t_BCFHW, sigma, text, *, routed=None):
             seen.extend(sigma.tolist())
             return inner.velocity(x_t_BCFHW, sigma, text)
 

@@ -29,8 +29,9 @@ from simpletuner_dmd.flow import (
     x0_from_velocity,
 )
 from simpletuner_dmd.randomness import RandomStream
-from simpletuner_dmd.wan.adapters import AdapterSwitch, BlockRunner
+from simpletuner_dmd.wan.adapters import AdapterSwitch
 from simpletuner_dmd.wan.causal import CausalProcessor, CausalWanDenoiser, KVCache, Window, attach
+from simpletuner_dmd.wan.runner import BlockRunner
 
 from .tiny import CHANNELS, LORA, TEXT_ROWS, prompts, tiny_wan
 
@@ -226,7 +227,7 @@ def test_the_cache_holds_what_the_window_can_still_see_and_is_never_written_to()
 
 def test_a_video_longer_than_the_positions_of_the_model_is_a_clear_mistake() -> None:
     student, text = causal(tiny_wan()), prompts(1)
-    with pytest.raises(ValueError, match="33 latent frames is longer than the 32 positions"):
+    with pytest.raises(ValueError, match="33 latent frames is longer than this model's 32 positions"):
         student.velocity(clip(33, 1), torch.tensor([0.5]), text)
     cache = KVCache(stop=31)
     with torch.no_grad():
