@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.config.methods.blockwise import SelfForcingConfig
 from simpletuner_dmd.distill.blocks import (
     BlockPlan,
     BlockRolloutSettings,
@@ -19,6 +20,8 @@ from simpletuner_dmd.distill.blocks import (
     sample_blocks_euler,
     stream_blocks,
 )
+from simpletuner_dmd.distill.method import Ingredients
+from simpletuner_dmd.distill.self_forcing import build
 from simpletuner_dmd.flow import (
     TIMESTEPS,
     Batch,
@@ -31,6 +34,7 @@ from simpletuner_dmd.flow import (
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.wan.adapters import AdapterSwitch
 from simpletuner_dmd.wan.causal import CausalProcessor, CausalWanDenoiser, KVCache, Window, attach
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.runner import BlockRunner
 
 from .tiny import CHANNELS, LORA, TEXT_ROWS, prompts, tiny_wan
@@ -383,3 +387,33 @@ def test_many_guided_steps_block_by_block_are_those_of_the_whole_sequence(guidan
     whole = sample_blocks_euler(student, noise, text, negative, sigmas, guidance, BlockPlan(6, 6))
     everything = causal(tiny_wan(), 6)
     assert torch.equal(whole, sample_euler(everything, noise, text, negative, sigmas, guidance))
+
+
+def self_forcing_gradients(checkpointing: bool) -> dict[str, dict[str, Tensor]]:
+    """Both turns of one step, three roles on one base: gradients by turn and parameter."""
+    student, switch = lora_student(checkpointing)
+    base = student.transformer
+    teacher, critic = WanDenoiser(base, switch, None), WanDenoiser(base, switch, "critic")
+    options = SelfForcingConfig(num_frame_per_block=2, context_noise=50.0)
+    method = build(Ingredients(teacher, student, LADDER, options, torch.device("cpu"), critic=critic))
+    shape = (CHANNELS, 5, HEIGHT, WIDTH)
+    batch, stream = Batch((0, 1), prompts(), prompts(1, seed=2), shape), RandomStream(0, 1, (0, 1))
+    found = {}
+    for turn in method.turns(0):
+        for loss in turn.losses(batch, stream):
+            loss.value.backward()
+        found[turn.role] = {name: parameter.grad for name, parameter in base.named_parameters()
+                            if parameter.grad is not None}  # fmt: skip
+        base.zero_grad(set_to_none=True)
+    return found
+
+
+def test_both_turns_of_self_forcing_share_a_base_and_reach_their_own_role_only() -> None:
+    plain, recomputed = self_forcing_gradients(False), self_forcing_gradients(True)
+    for role in ("student", "critic"):
+        assert len(plain[role]) == 2 * 2 * 10
+        assert all(f".{role}." in name for name in plain[role])
+        largest = max(float(gradient.norm()) for gradient in plain[role].values())
+        assert largest > 0
+        for name, gradient in plain[role].items():
+            assert float((recomputed[role][name] - gradient).norm()) < 1e-6 * largest
