@@ -190,7 +190,8 @@ class Assembly:
     def student_sampler(self) -> Sampler:
         config = self.config
         if not self.schedule.ladder:
-            return Sampler(self.schedule, "ode", config.validation_num_inference_steps, config.validation_guidance)
+            steps, guidance = config.validation_num_inference_steps, config.validation_guidance
+            return Sampler(self.schedule, "ode", steps, guidance, self.block_sampling)
         return Sampler(self.schedule, config.distillation.transition, guidance=1.0, blocks=self.block_sampling)
 
     @property
