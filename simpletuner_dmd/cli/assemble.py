@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.batches import PreparedData
@@ -19,11 +20,13 @@ from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
 from simpletuner_dmd.flow import TIMESTEPS, Schedule, TextEmbedding
+from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.lycoris import LycorisSpec
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, build_roles
 
@@ -81,9 +84,9 @@ class Assembly:
         )
 
     def base_transformer(self, *, quantised: bool = True) -> nn.Module:
-        """A fresh frozen base in the precision of the run, on the device."""
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device."""
         config = self.config
-        transformer = load_transformer(self.source, self.dtype)
+        transformer = self._with_teacher_lora(load_transformer(self.source, self.dtype))
         if quantised and config.base_model_precision != "no_change":
             quantise(
                 transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
@@ -113,25 +116,44 @@ class Assembly:
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
-        network = load_transformer(self.source, torch.float32).to(self.device)
+        network = self._with_teacher_lora(load_transformer(self.source, torch.float32)).to(self.device)
         choose_attention(network, self.config.attention_mechanism)
         return network
 
+    @cached_property
+    def teacher_lora(self) -> tuple[AdapterFile, float] | None:
+        """The fine-tune that is part of the base, and its strength."""
+        if self.config.teacher_lora is None:
+            return None
+        return open_teacher_lora(self.config.teacher_lora, self.loaded.resolve_path)
+
+    def _with_teacher_lora(self, transformer: nn.Module) -> nn.Module:
+        if self.teacher_lora is not None:
+            merge_adapter(transformer, *self.teacher_lora)
+        return transformer
+
     @property
-    def student_adapter(self) -> AdapterSpec:
+    def student_adapter(self) -> AdapterSpec | LycorisSpec:
         config = self.config
+        if config.lora_type == "lycoris":
+            assert config.lycoris_config is not None, "filled in by default"
+            return LycorisSpec(config.lycoris_config, config.init_lokr_norm)
         return AdapterSpec(
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             init=True if config.lora_init_type == "default" else config.lora_init_type,
             dropout=config.lora_dropout,
             targets=tuple(config.peft_lora_target_modules) if config.peft_lora_target_modules else None,
+            dora=config.use_dora,
         )
 
     @property
-    def critic_adapter(self) -> AdapterSpec:
+    def critic_adapter(self) -> AdapterSpec | LycorisSpec:
         student, dmd = self.student_adapter, self.config.dmd
-        return AdapterSpec(dmd.fake_score_lora_rank, dmd.fake_score_lora_alpha, student.init, 0.0, student.targets)
+        rank, alpha = dmd.fake_score_lora_rank, dmd.fake_score_lora_alpha
+        if isinstance(student, LycorisSpec):
+            return LycorisSpec(student.options.model_copy(update={"linear_dim": rank, "linear_alpha": alpha}))
+        return AdapterSpec(rank, alpha, student.init, 0.0, student.targets, student.dora)
 
     # --- noise levels and samplers ----------------------------------------------------------------------------------
 

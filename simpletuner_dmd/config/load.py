@@ -28,6 +28,7 @@ from simpletuner_dmd.config.layers import (
     option_field,
     take_selectors,
 )
+from simpletuner_dmd.config.lycoris import read_lycoris
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
 from simpletuner_dmd.config.read import exists, is_file, read_json
@@ -141,6 +142,7 @@ def load(
     problems = [problem for layer in layers for problem in layer.problems]
     values, origins = _merge(layers)
     _sort_out_unknown(values, origins, problems, notices)
+    read_lycoris(values, origins, folders, problems, notices)
     options = _build(values, origins, name, problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:

@@ -74,6 +74,10 @@ class TrainConfig(
         outside = info.data
         if outside.get("model_type") == "full" and outside.get("base_model_precision") == "no_change":
             given.setdefault("fake_score_type", "full")
+        lycoris = outside.get("lycoris_config")
+        if lycoris is not None and "fake_score_lora_rank" not in given:
+            rank = given["fake_score_lora_rank"] = min(lycoris.linear_dim, 4096)
+            given.setdefault("fake_score_lora_alpha", lycoris.linear_alpha * rank / lycoris.linear_dim)
         if "lora_rank" in outside:
             given.setdefault("fake_score_lora_rank", outside["lora_rank"])
         given.setdefault("fake_score_lora_alpha", given.get("fake_score_lora_rank", 16))

@@ -60,6 +60,23 @@ def split_key(key: str) -> tuple[str, str]:
     raise ValueError(f"{key!r} is not a LoRA factor: names must end in {' or '.join(_SUFFIXES)}")
 
 
+def module_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """diffusers' names of the linear layers that Wan's own code has too: inside a block, and outside of the blocks."""
+    return tuple(_IN_BLOCK), tuple(_OUTSIDE_BLOCKS)
+
+
+def diffusers_module(module: str) -> str:
+    """The reverse of `comfyui_module`; diffusers' own names pass. Raises ValueError for a layer of neither."""
+    block = _BLOCK.fullmatch(module)
+    names, name = (_IN_BLOCK, block[2]) if block else (_OUTSIDE_BLOCKS, module)
+    if name in names:
+        return module
+    ours = next((ours for ours, theirs in names.items() if theirs == name), None)
+    if ours is None:
+        raise ValueError(f"{module!r} is no layer of a Wan transformer")
+    return f"blocks.{block[1]}.{ours}" if block else ours
+
+
 def comfyui_module(module: str) -> str:
     """The module's name in Wan's own code. Raises ValueError where it has none."""
     block = _BLOCK.fullmatch(module)

@@ -44,16 +44,34 @@ def sampler_file(info: ExportInfo) -> str:
         load = ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
                 "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
     else:
-        load = ("    pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
-                f'    pipe.load_lora_weights(export, weight_name="{LORA_FILE}")')  # fmt: skip
+        base = ["pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)", *_teacher_lines(info)]
+        file = f'export.parent / "lycoris" / "{info.file_name}.safetensors"'
+        student = [_lycoris_line(f"str({file})")] if info.lycoris else \
+            [f'pipe.load_lora_weights(export, weight_name="{LORA_FILE}")']  # fmt: skip
+        load = "\n".join(f"    {line}" for line in [*base, *student])
     width, height, frames = info.size
     return _SAMPLER.format(
         name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
         ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name), load=load,
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
-        imports=", WanTransformer3DModel" if info.model_type == "full" else "",
+        imports=", WanTransformer3DModel" if info.model_type == "full" else
+        "\nfrom lycoris import create_lycoris_from_weights" if info.lycoris else "",
         width=width, height=height, frames=frames, length=info.tokenizer_max_length, fps=info.framerate,
     )  # fmt: skip
+
+
+def _teacher_lines(info: ExportInfo) -> list[str]:
+    """The fine-tune that was part of the base, merged in as it was in training."""
+    if info.teacher_lora is None:
+        return []
+    file, strength = json.dumps(info.teacher_lora.file), info.teacher_lora.strength
+    return [f"pipe.load_lora_weights({file})  # the fine-tune that was distilled",
+            f"pipe.fuse_lora(lora_scale={strength:g}); pipe.unload_lora_weights()"]  # fmt: skip
+
+
+def _lycoris_line(file: str) -> str:
+    return (f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.transformer); "
+            "[m.to(pipe.dtype) for m in network.loras]; network.apply_to()")  # fmt: skip
 
 
 def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
@@ -66,7 +84,9 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
+        *(["from lycoris import create_lycoris_from_weights  # pip install lycoris-lora"] if info.lycoris else []),
         "from diffusers.utils import export_to_video",
+        *(["from huggingface_hub import hf_hub_download"] if info.lycoris and info.hub_repo else []),
         *(["from sampler import few_step_scheduler  # sampler.py of this repository"]
           if choice.needs_sampler_file else []),
         "",
@@ -79,9 +99,18 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
             "                                                dtype=torch.bfloat16)",
             "pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)",
         ]
+    elif info.lycoris:
+        lines += [
+            "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+            *_teacher_lines(info),
+            *(['file = hf_hub_download(source, "lycoris/' + info.file_name + '.safetensors")'] if info.hub_repo else
+              ['file = source + "/lycoris/' + info.file_name + '.safetensors"']),
+            _lycoris_line("file"),
+        ]  # fmt: skip
     else:
         lines += [
             "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+            *_teacher_lines(info),
             f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}")',
             "assert pipe.get_active_adapters()  # a file that does not fit loads without an error",
         ]

@@ -6,7 +6,7 @@ adapters off. A full student or a full critic owns its own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from simpletuner_dmd.flow import TIMESTEPS, TextEmbedding
 from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch, BlockRunner
+from simpletuner_dmd.wan.lycoris import CHILD, LycorisSpec, make_switch
 
 
 class WanDenoiser:
@@ -52,14 +53,14 @@ class Roles:
     """The three Denoisers and the parameters that move.
 
     parameters: role -> [(name, parameter)] in a fixed order; LoRA names carry no adapter name.
-    adapters: role -> its AdapterSpec where the role is a LoRA.
+    adapters: role -> its spec where the role is an adapter on the base.
     """
 
     teacher: WanDenoiser
     student: WanDenoiser
     critic: WanDenoiser | None
     parameters: dict[str, list[tuple[str, nn.Parameter]]]
-    adapters: dict[str, AdapterSpec]
+    adapters: dict[str, AdapterSpec | LycorisSpec]
 
     def transformers(self) -> list[nn.Module]:
         """Each network once."""
@@ -96,8 +97,8 @@ class Roles:
 def build_roles(
     base: nn.Module,
     *,
-    student_adapter: AdapterSpec | None,
-    critic_adapter: AdapterSpec | None,
+    student_adapter: AdapterSpec | LycorisSpec | None,
+    critic_adapter: AdapterSpec | LycorisSpec | None,
     full_student: nn.Module | None = None,
     full_critic: nn.Module | None = None,
     with_critic: bool = True,
@@ -110,12 +111,12 @@ def build_roles(
     A role is a LoRA on the base where its adapter spec is given, else the full network of its name. `autocast` is the
     compute dtype of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
     """
-    specs = {}
+    specs: dict[str, AdapterSpec | LycorisSpec] = {}
     if student_adapter is not None:
         specs["student"] = student_adapter
     if with_critic and critic_adapter is not None:
         specs["critic"] = critic_adapter
-    switch = AdapterSwitch(base, specs, seed)
+    switch = make_switch(base, specs, seed)
     BlockRunner(base, switch, gradient_checkpointing)
     base.train()
     parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in specs}
@@ -139,12 +140,19 @@ class SelfTestError(RuntimeError):
 
 
 def self_test(
-    roles: Roles, x_t_BCFHW: Tensor, text: TextEmbedding, *, fresh: bool, shared_numerics: bool = True
+    roles: Roles,
+    x_t_BCFHW: Tensor,
+    text: TextEmbedding,
+    *,
+    fresh: bool,
+    shared_numerics: bool = True,
+    started_elsewhere: Container[str] = (),
 ) -> list[str]:
     """Checks at step 0 that student and critic start as the teacher and that gradients reach exactly the moving role.
 
     fresh: adapters are new, so outputs must agree bit for bit (on resume only gradients are checked).
     shared_numerics: no full network beside a quantised base; where False the difference is returned as a line to print.
+    started_elsewhere: roles that do not start as the teacher on purpose; their difference is returned as well.
     Returns lines worth printing; raises SelfTestError.
     """
     lines = []
@@ -159,7 +167,7 @@ def self_test(
                     lines.append(f"self-test: the {name} equals the teacher bit for bit")
                     continue
                 difference = float((actual - expected).norm() / expected.norm())
-                if shared_numerics and role.autocast is None:
+                if shared_numerics and role.autocast is None and name not in started_elsewhere:
                     raise SelfTestError(f"the {name} does not start as the teacher: relative difference {difference:g}")
                 lines.append(f"self-test: the {name} starts {difference:.2e} (relative) away from the teacher")
     target = torch.randn(x_t_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(x_t_BCFHW.device)
@@ -175,7 +183,8 @@ def self_test(
             gradient, parameter.grad = parameter.grad, None
             if (gradient is not None) != (id(parameter) in own_ids):
                 raise SelfTestError(f"a {name} update {'misses' if gradient is None else 'reaches'} {parameter_name}")
-            zero_initialised = "lora_B" in parameter_name and fresh
+            starts_at_zero = "lora_B" in parameter_name or (parameter_name.startswith(CHILD) and not parameter.any())
+            zero_initialised = starts_at_zero and fresh
             if gradient is not None and zero_initialised and not bool(gradient.any()):
                 raise SelfTestError(f"{parameter_name} of the {name} would never move: its gradient is exactly zero")
     lines.append("self-test: gradients reach exactly the moving role")
