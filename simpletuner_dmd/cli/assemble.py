@@ -125,7 +125,7 @@ class Assembly:
         """The fine-tune that is part of the base, and its strength."""
         if self.config.teacher_lora is None:
             return None
-        return open_teacher_lora(self.config.teacher_lora, self.loaded.resolve_path)
+        return open_teacher_lora(self.config.teacher_lora)
 
     def _with_teacher_lora(self, transformer: nn.Module) -> nn.Module:
         if self.teacher_lora is not None:

@@ -118,7 +118,7 @@ class TrainingRun:
         roles, lines = self.assembly.roles()
         checkpoint = self._checkpoint()
         if checkpoint is None and config.init_lora is not None and config.model_type == "lora":
-            lines += start_student(roles, config.init_lora, loaded.resolve_path)
+            lines += start_student(roles, Path(config.init_lora))
         method = self.assembly.method(roles)
         steps = self._total_steps(data)
         tracking = self._tracking(checkpoint)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.config import UserError
+from simpletuner_dmd.config.starting import split_strength
 from simpletuner_dmd.publish.info import TeacherLora
 from simpletuner_dmd.publish.lycoris import ALPHA, by_module, scaled, strength
 from simpletuner_dmd.publish.read_adapter import AdapterFile, changes, find_adapter, read_adapter
@@ -17,15 +17,13 @@ from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
 
-Resolve = Callable[[str], Path]
 
-
-def start_student(roles: Roles, written: str, resolve: Resolve) -> list[str]:
+def start_student(roles: Roles, path: Path) -> list[str]:
     """The student's adapter takes over the values of `init_lora`; returns lines worth printing.
 
     Raises UserError where the file is of another kind, of another rank, or names layers that have no adapter here.
     """
-    adapter = read_adapter(find_adapter(resolve(written), "init_lora"), "init_lora")
+    adapter = read_adapter(find_adapter(path, "init_lora"), "init_lora")
     spec = roles.adapters["student"]
     given = _lycoris_values(roles, adapter, spec) if isinstance(spec, LycorisSpec) else _lora_values(adapter, spec)
     own = roles.tensors("student")
@@ -72,15 +70,10 @@ def _unfit(adapter: AdapterFile, reason: str, fix: str) -> UserError:
     return UserError(f"the student cannot start from {adapter.path}: {reason}", key="init_lora", fix=fix)
 
 
-def open_teacher_lora(written: str, resolve: Resolve) -> tuple[AdapterFile, float]:
-    """ "path" or "path:0.8" -> the file and its strength. Raises UserError."""
-    path, separator, number = written.rpartition(":")
-    try:
-        strength_of_it = float(number) if separator else 1.0
-    except ValueError:
-        path, separator, strength_of_it = written, "", 1.0
-    return read_adapter(find_adapter(resolve(path if separator else written), "teacher_lora"), "teacher_lora"), \
-        strength_of_it  # fmt: skip
+def open_teacher_lora(written: str) -> tuple[AdapterFile, float]:
+    """ "path:0.8" -> the file and its strength. Raises UserError."""
+    path, strength_of_it = split_strength(written)
+    return read_adapter(find_adapter(Path(path), "teacher_lora"), "teacher_lora"), strength_of_it
 
 
 @torch.no_grad()

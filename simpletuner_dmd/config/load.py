@@ -36,6 +36,7 @@ from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DMD_ABSENT_KEYS
+from simpletuner_dmd.config.starting import resolve_starts
 
 DEFAULT = "default"
 DATA_FILE = "multidatabackend.json"
@@ -144,6 +145,7 @@ def load(
     _sort_out_unknown(values, origins, problems, notices)
     read_lycoris(values, origins, folders, problems, notices)
     options = _build(values, origins, name, problems)
+    resolve_starts(options, origins, name, lambda value: resolve_path(value, folders), problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:
         complete(datasets, options, lambda value: resolve_path(value, folders), cwd)

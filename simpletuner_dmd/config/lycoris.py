@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, field_validator
 
 from simpletuner_dmd.config.coerce import Options, words
 from simpletuner_dmd.config.errors import Problem, UserError
-from simpletuner_dmd.config.mistakes import unknown_key
+from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.read import is_file, parse_json, read_json
 from simpletuner_dmd.config.simpletuner_keys import Absent
 
@@ -146,6 +146,13 @@ def read_lycoris(
             return
     if isinstance(written, dict):
         written = _checked(written, LycorisOptions, f"{KEY}.", place, problems, notices)
+        try:
+            LycorisOptions.model_validate(written)
+        except ValidationError as error:
+            for path, message, fix in refusals(error, LycorisOptions):
+                problems.append(Problem(place, ".".join((KEY, *map(str, path))), message, fix))
+            del values[KEY], origins[KEY]
+            return
     values[KEY] = written  # what is no object is refused with the rest of the options
 
 

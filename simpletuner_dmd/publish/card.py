@@ -121,7 +121,10 @@ def _training(info: ExportInfo, weights_dtype: str) -> str:
 
 def _teacher_lora(info: ExportInfo) -> str:
     lora = info.teacher_lora
-    return f"`{lora.file}` at strength {lora.strength:g}: load it first, as above" if lora else ""
+    if lora is None:
+        return ""
+    first = ": load it first, as above" if info.model_type == "lora" else ""
+    return f"`{lora.file}` at strength {lora.strength:g}{first}"
 
 
 def _validation(info: ExportInfo) -> str:

@@ -20,6 +20,8 @@ DIFFUSERS_PREFIX = "transformer."
 COMFYUI_PREFIX = "diffusion_model."
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+MAGNITUDE = ".lora_magnitude_vector"
+"""DoRA's row norms, under PEFT's name in files: diffusers takes them beside the factors."""
 
 # Inside a block: diffusers' name of a linear layer, Wan's own name of it.
 _IN_BLOCK = {
@@ -87,9 +89,12 @@ def comfyui_module(module: str) -> str:
 
 
 def fold_alpha(lora: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict[str, Tensor]:
-    """alpha / rank multiplied into every B, in fp32; every A needs its B."""
+    """alpha / rank multiplied into every B, in fp32; every A needs its B. DoRA's row norms pass as they are."""
     folded = {}
     for key, tensor in lora.items():
+        if (magnitude := key.removesuffix(".weight")).endswith(MAGNITUDE):
+            folded[magnitude] = tensor.detach().to("cpu", torch.float32).clone()
+            continue
         module, suffix = split_key(key)
         other = _SUFFIXES[1 - _SUFFIXES.index(suffix)]
         if module + other not in lora:

@@ -20,6 +20,7 @@ from simpletuner_dmd.publish import lycoris
 from simpletuner_dmd.publish.dialects import (
     COMFYUI_PREFIX,
     DIFFUSERS_PREFIX,
+    MAGNITUDE,
     comfyui_module,
     diffusers_module,
     module_names,
@@ -34,6 +35,7 @@ _SUFFIXES = {
     ".lora_A.weight": ".lora_A.weight", ".lora_B.weight": ".lora_B.weight",
     ".lora_A.default.weight": ".lora_A.weight", ".lora_B.default.weight": ".lora_B.weight",
     ".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight",
+    f"{MAGNITUDE}.weight": f"{MAGNITUDE}.weight", MAGNITUDE: f"{MAGNITUDE}.weight",
     ".alpha": ".alpha",
 }  # fmt: skip
 
@@ -135,6 +137,8 @@ def _kohya_module(name: str) -> str:
 def changes(adapter: AdapterFile, transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(layer, change of its weight, change of its bias or None) at strength 1, in fp32, layer by layer."""
     if adapter.kind == "lora":
+        if any(MAGNITUDE in name for name in adapter.tensors):
+            raise UserError(f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first")
         for name in sorted(adapter.tensors):
             if name.endswith(".lora_A.weight"):
                 layer = name.removesuffix(".lora_A.weight")

@@ -371,7 +371,7 @@ def test_a_student_starts_from_a_file_whatever_its_own_strength(name: str, tmp_p
     more = {} if name == "diag-oft" else {"multiplier": 0.7, "linear_alpha": 3.0}
     spec = spec_of(name, **more)
     second = build_roles(tiny_wan(), student_adapter=spec, critic_adapter=spec, seed=9)
-    start_student(second, str(file), Path)
+    start_student(second, file)
     assert relative(of_role(second, "student"), of_role(first, "student")) < 1e-5
     assert torch.equal(of_role(second, "critic"), of_role(second, "teacher"))
 
@@ -402,7 +402,7 @@ def _kohya(name: str) -> str:
 def test_a_lora_student_starts_from_a_file_under_any_names(names: str, tmp_path: Path) -> None:
     file, first = lora_file(tmp_path / "a.safetensors", names)
     second = build_roles(tiny_wan(), student_adapter=AdapterSpec(rank=4, alpha=3.0), critic_adapter=LORA, seed=9)
-    start_student(second, str(file), Path)
+    start_student(second, file)
     assert relative(of_role(second, "student"), of_role(first, "student")) < 1e-5
 
 
@@ -410,16 +410,16 @@ def test_a_file_that_does_not_fit_is_a_sentence(tmp_path: Path) -> None:
     file, _ = lora_file(tmp_path / "a.safetensors", "diffusers")
     ranked = build_roles(tiny_wan(), student_adapter=AdapterSpec(8, 8.0), critic_adapter=None, with_critic=False)
     with pytest.raises(UserError, match=r"init_lora:.*\(4, 48\).*\(8, 48\)(.|\n)*lora_rank"):
-        start_student(ranked, str(file), Path)
+        start_student(ranked, file)
     fewer = AdapterSpec(4, 4.0, targets=("to_q",))
     targeted = build_roles(tiny_wan(), student_adapter=fewer, critic_adapter=None, with_critic=False)
     with pytest.raises(UserError, match=r"to_k.*does not have(.|\n)*target layers"):
-        start_student(targeted, str(file), Path)
+        start_student(targeted, file)
     network = build_roles(tiny_wan(), student_adapter=spec_of("lokr"), critic_adapter=None, with_critic=False)
     with pytest.raises(UserError, match=r'it is a LoRA(.|\n)*"lora_type": "standard"'):
-        start_student(network, str(file), Path)
+        start_student(network, file)
     with pytest.raises(UserError, match="found no adapter"):
-        start_student(network, str(tmp_path / "nothing"), Path)
+        start_student(network, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("kind", ["lora", "locon", "loha", "lokr", "full", "diag-oft"])
