@@ -22,6 +22,9 @@ WEIGHT_ALGOS = ("full", "diag-oft", "boft", "glora")
 """They change the weight as a function of the weight itself (or replace it), so it must not be quantised."""
 ROTATIONS = ("diag-oft", "boft")
 
+NOT_FOR_COMFYUI = (*ROTATIONS, "glora")
+"""ComfyUI has formulas of its own for these, which were not compared with lycoris'."""
+
 CANNOT_RUN = {
     "ia3": "lycoris cannot load an ia3 file back (its reader takes one tensor too few); use lokr with a small factor",
     "dylora": "lycoris does not load a dylora file back exactly; use locon",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.lycoris import lycoris_problems
+from simpletuner_dmd.config.lycoris import NOT_FOR_COMFYUI, lycoris_problems
 from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
 
@@ -178,7 +178,11 @@ def _adapter_notices(config: TrainConfig) -> list[str]:
         return [f"{', '.join(idle)}: no effect, model_type is full and has no adapter."] if idle else []
     if config.lora_type == "lycoris":
         idle = sorted({"lora_rank", "lora_alpha", "lora_init_type", "lora_dropout", "peft_lora_target_modules"} & given)
-        return [f"{', '.join(idle)}: no effect, lora_type is lycoris; see lycoris_config."] if idle else []
+        found = [f"{', '.join(idle)}: no effect, lora_type is lycoris; see lycoris_config."] if idle else []
+        assert config.lycoris_config is not None, "filled in by default"
+        if (unread := sorted(config.lycoris_config.algos & set(NOT_FOR_COMFYUI))) and config.lora_format != "diffusers":
+            found.append(f"{', '.join(unread)}: no ComfyUI file is written, only lycoris' own.")
+        return found
     if config.use_dora and config.lora_format == "both":
         return ["use_dora: no ComfyUI file is written, a DoRA is exported for diffusers only."]
     return []

@@ -54,7 +54,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 def split_key(key: str) -> tuple[str, str]:
     """ "blocks.0.attn1.to_q.lora_A.weight" -> ("blocks.0.attn1.to_q", ".lora_A.weight").
 
-    Raises ValueError for a tensor that is no LoRA factor (a bias, a DoRA magnitude): no reader would apply it.
+    Raises ValueError for a tensor that is no LoRA factor (a bias, a DoRA magnitude).
     """
     for suffix in _SUFFIXES:
         if key.endswith(suffix):
@@ -93,6 +93,8 @@ def fold_alpha(lora: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict[s
     folded = {}
     for key, tensor in lora.items():
         if (magnitude := key.removesuffix(".weight")).endswith(MAGNITUDE):
+            if (factor := magnitude.removesuffix(MAGNITUDE) + _SUFFIXES[0]) not in lora:
+                raise ValueError(f"{key!r} is there but {factor!r} is missing")
             folded[magnitude] = tensor.detach().to("cpu", torch.float32).clone()
             continue
         module, suffix = split_key(key)

@@ -26,7 +26,7 @@ from simpletuner_dmd.publish.workflow import comfyui_workflow
 PREFIX = "lycoris_"
 ALPHA = "alpha"
 NOT_FOR_COMFYUI = ("oft_blocks", "a1.weight")
-"""Rotations and GLoRA: ComfyUI has its own formulas for them, which were not compared with lycoris'."""
+"""Tensors of config.lycoris.NOT_FOR_COMFYUI."""
 
 # The tensors of a module that carry its strength, and the one whose size tells the rank (name, axis). The first that
 # fits is taken; a module without a rank tensor has no alpha / rank, and takes the multiplier only.

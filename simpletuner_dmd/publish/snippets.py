@@ -30,7 +30,7 @@ if __name__ == "__main__":
     export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
 {load}
     pipe.scheduler = few_step_scheduler()
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu"){moved}
     torch.manual_seed(42)  # the first noise and the re-noising
     video = pipe(sys.argv[1], width={width}, height={height}, num_frames={frames}, num_inference_steps={steps},
                  guidance_scale=1.0, max_sequence_length={length}).frames[0]
@@ -56,7 +56,8 @@ def sampler_file(info: ExportInfo) -> str:
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
         imports=", WanTransformer3DModel" if info.model_type == "full" else
         "\nfrom lycoris import create_lycoris_from_weights" if info.lycoris else "",
-        width=width, height=height, frames=frames, length=info.tokenizer_max_length, fps=info.framerate,
+        moved=f"\n    {_MOVED}" if info.lycoris else "", width=width, height=height, frames=frames,
+        length=info.tokenizer_max_length, fps=info.framerate,
     )  # fmt: skip
 
 
@@ -69,9 +70,12 @@ def _teacher_lines(info: ExportInfo) -> list[str]:
             f"pipe.fuse_lora(lora_scale={strength:g}); pipe.unload_lora_weights()"]  # fmt: skip
 
 
+# lycoris' modules are no part of the pipeline: `pipe.to` leaves them where they were.
+_MOVED = "network.to(pipe.device, pipe.dtype)"
+
+
 def _lycoris_line(file: str) -> str:
-    return (f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.transformer); "
-            "[m.to(pipe.dtype) for m in network.loras]; network.apply_to()")  # fmt: skip
+    return f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.transformer); network.apply_to()"
 
 
 def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
@@ -118,6 +122,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         "pipe.scheduler = few_step_scheduler()" if choice.needs_sampler_file else
         f'pipe.scheduler = {scheduler}.from_pretrained(source, subfolder="diffusers/scheduler")',
         'pipe.to("cuda")',
+        *([_MOVED] if info.lycoris else []),
         "torch.manual_seed(42)  # also the noise between the steps, which `generator=` does not reach"
         if choice.name == "lcm" else "torch.manual_seed(42)",
         f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "

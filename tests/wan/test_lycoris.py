@@ -166,8 +166,8 @@ def test_a_part_of_the_scale_is_that_part_of_the_change_where_it_is_said_so(name
 
 def chain(roles: Roles, during_backward: str | None) -> tuple[float, dict[str, Tensor]]:
     """Student -> x0 -> critic at two scales, teacher beside them -> one loss; backward under another selection."""
-    assert roles.critic is not None
-    switch, x_t, text = student_switch(roles), latents(), prompts()
+    switch, x_t, text = roles.student.switch, latents(), prompts()
+    assert roles.critic is not None and switch is not None
     x0 = x0_from_velocity(x_t, roles.student.velocity(x_t, SIGMA_B, text), SIGMA_B)
     score_sigma_B = torch.tensor([0.3, 0.8])
     noised = add_noise(x0, latents(seed=7), score_sigma_B)
@@ -192,6 +192,22 @@ def test_gradients_under_checkpointing_and_role_switches_are_exact(name: str, du
     assert loss == expected_loss
     assert all(torch.equal(gradients[key], expected[key]) for key in expected)
     assert all(bool(gradient.any()) for gradient in expected.values())
+
+
+def test_gradients_of_dora_under_checkpointing_and_role_switches_are_exact() -> None:
+    def two(checkpointing: bool) -> Roles:
+        spec = AdapterSpec(rank=4, alpha=8.0, dora=True)
+        roles = build_roles(tiny_wan(), student_adapter=spec, critic_adapter=spec, gradient_checkpointing=checkpointing)
+        assert len(self_test(roles, latents(), prompts(), fresh=True)) == 3
+        awake(roles, 0.1)
+        return roles
+
+    loss, gradients = chain(two(True), "critic")
+    expected_loss, expected = chain(two(False), None)
+    assert loss == expected_loss
+    assert all(torch.equal(gradients[key], expected[key]) for key in expected)
+    assert sum("lora_magnitude_vector" in key for key in expected) == 2 * 20
+    assert torch.equal(of_role(two(False), "teacher"), velocity(tiny_wan()))
 
 
 @pytest.mark.parametrize("quantised", [False, True], ids=["fp32", "int8"])
