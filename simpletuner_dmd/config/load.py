@@ -142,8 +142,8 @@ def load(
     ]
     problems = [problem for layer in layers for problem in layer.problems]
     values, origins = _merge(layers)
-    _sort_out_unknown(values, origins, problems, notices)
     read_lycoris(values, origins, folders, problems, notices)
+    _sort_out_unknown(values, origins, problems, notices)
     options = _build(values, origins, name, problems)
     resolve_starts(options, origins, name, lambda value: resolve_path(value, folders), problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)

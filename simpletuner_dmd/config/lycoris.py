@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -131,11 +132,16 @@ def read_lycoris(
     problems: list[Problem],
     notices: list[str],
 ) -> None:
-    """Puts the object in place of the path in `values`, with every key checked; drops it where it has no effect."""
-    written = values.get(KEY)
+    """Puts the object in place of the path in `values`, with every key checked; drops it where it has no effect.
+
+    `lycoris_config.factor` and the like, from the command line or the environment, change one key of it.
+    """
+    changes = {key: values.pop(key) for key in list(values) if key.startswith(f"{KEY}.")}
+    written = values.get(KEY, {} if changes else None)
     if written is None:
         return
-    place = origins[KEY]
+    place = origins.get(KEY) or origins[next(iter(changes))]
+    values[KEY], origins[KEY] = written, place
     if str(values.get("lora_type", "standard")).strip().lower() != "lycoris":
         del values[KEY], origins[KEY]
         notices.append(f"{KEY} ({place}) has no effect: lora_type is standard.")
@@ -148,6 +154,10 @@ def read_lycoris(
             del values[KEY], origins[KEY]
             return
     if isinstance(written, dict):
+        written = copy.deepcopy(written)
+        for key, value in changes.items():
+            _change(written, key.split(".")[1:], value)
+            origins.pop(key)
         written = _checked(written, LycorisOptions, f"{KEY}.", place, problems, notices)
         try:
             LycorisOptions.model_validate(written)
@@ -157,6 +167,14 @@ def read_lycoris(
             del values[KEY], origins[KEY]
             return
     values[KEY] = written  # what is no object is refused with the rest of the options
+
+
+def _change(written: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        inner = written.get(part)
+        written[part] = inner = inner if isinstance(inner, dict) else {}
+        written = inner
+    written[path[-1]] = value
 
 
 def _object_or_file(value: str, place: str, folders: tuple[Path, ...]) -> tuple[Any, str]:

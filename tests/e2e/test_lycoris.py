@@ -227,9 +227,12 @@ def test_the_file_of_other_peoples_settings_is_read(
         "apply_preset": {"target_module": ["Attention"], "module_algo_map": {"Attention": {"factor": 4}}},
     }  # fmt: skip
     (project.folder / "lycoris.json").write_text(json.dumps(settings))
-    assert project.train("max_train_steps=2") == 0
+    changed = ("lycoris_config.constraint=0.25", "lycoris_config.apply_preset.exclude_name=.*attn2.*")
+    assert project.train("max_train_steps=2", *changed) == 0
     assert "bypass_mode" in "".join(capsys.readouterr())
     resolved = json.loads((project.output / "config.resolved.json").read_text())["lycoris_config"]["value"]
+    assert resolved["constraint"] == 0.25
+    assert not any("attn2" in name for name in project.trained("student"))
     assert resolved["linear_alpha"] == 0.5 and resolved["apply_preset"]["target_module"] == ["WanAttention"]
     assert {tuple(t.shape) for name, t in project.trained("student").items() if name.endswith("lokr_w1")} == {(4, 4)}
     assert torch.isfinite(torch.tensor(passed(project)))
