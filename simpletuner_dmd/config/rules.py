@@ -5,6 +5,7 @@ from __future__ import annotations
 from simpletuner_dmd.config.errors import Problem
 from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import tread_notices
 
 QUANTISED_4_BIT = ("int4-quanto",)
 
@@ -123,6 +124,7 @@ def combination_notices(config: TrainConfig) -> list[str]:
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
     found += _noise_notices(config)
+    found += tread_notices(config.tread_config, config.distillation_config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

@@ -37,7 +37,7 @@ class LearnedVelocity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(0.3 * torch.randn(4, generator=torch.Generator().manual_seed(seed)))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
         said = text.rows_BLD[:, 0, 0].reshape(-1, 1, 1, 1, 1)
         a, b, c, d = self.weights
         return a * x_t_BCFHW + b + c * said + d * sigma.reshape(-1, 1, 1, 1, 1)
