@@ -20,12 +20,13 @@ from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.method import Ingredients, Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
 from simpletuner_dmd.validation.render import Scene
-from simpletuner_dmd.validation.sampling import Sampler
+from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
-from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
 from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
@@ -103,6 +104,7 @@ class Assembly:
             base,
             adapters=adapters,
             full={role: self._full_network() for role in owned},
+            causal=self._causal_layout,
             gradient_checkpointing=config.gradient_checkpointing,
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
@@ -124,6 +126,14 @@ class Assembly:
         if problems:
             raise UserError(problems)
         return tuple(Route(*span) for span in tread.spans(depth))
+
+    @property
+    def _causal_layout(self) -> CausalLayout | None:
+        blocks = self.block_sampling
+        if blocks is None:
+            return None
+        window = Window(blocks.sink_frames, blocks.local_attn_frames)
+        return CausalLayout(lambda frames: blocks.plan(frames).blocks, window)
 
     def _moving_networks(self) -> list[str]:
         return ["student", *(["critic"] if self.config.critic else [])]
@@ -180,8 +190,23 @@ class Assembly:
     def student_sampler(self) -> Sampler:
         config = self.config
         if not self.schedule.ladder:
-            return Sampler(self.schedule, "ode", config.validation_num_inference_steps, config.validation_guidance)
-        return Sampler(self.schedule, config.distillation.transition, guidance=1.0)
+            steps, guidance = config.validation_num_inference_steps, config.validation_guidance
+            return Sampler(self.schedule, "ode", steps, guidance, self.block_sampling)
+        return Sampler(self.schedule, config.distillation.transition, guidance=1.0, blocks=self.block_sampling)
+
+    @property
+    def block_sampling(self) -> BlockSampling | None:
+        """How a causal student makes a clip; None for one that makes it at once."""
+        settings: Any = self.config.distillation_config
+        if settings is None or not settings.blockwise:
+            return None
+        return BlockSampling(
+            num_frame_per_block=settings.num_frame_per_block,
+            independent_first_frame=settings.independent_first_frame,
+            context_noise=getattr(settings, "context_noise", 0.0),
+            sink_frames=settings.sink_frames,
+            local_attn_frames=settings.local_attn_frames,
+        )
 
     def sampled_student(self, roles: Roles) -> Denoiser:
         """The student as it is sampled: both experts, where there are two."""

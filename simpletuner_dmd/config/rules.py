@@ -123,8 +123,8 @@ def combination_notices(config: TrainConfig) -> list[str]:
         found.append("ema_validation none: validation renders the trained weights; the export carries the average.")
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
-    found += _noise_notices(config)
     found += tread_notices(config.tread_config, config.distillation_config)
+    found += _noise_notices(config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

@@ -120,8 +120,9 @@ METHOD_ABSENT_KEYS: dict[str, Absent] = {
     **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
     "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),
     "weak_mode": Absent("it acts with weak_lora_scale, which is " + NOT_YET, harmless=True),
-    **_each("enable_gradient_in_rollout start_gradient_frame chunk_size",
-            Absent("it acts for block-wise students, which are " + NOT_YET)),
+    "enable_gradient_in_rollout": Absent("the exit step always carries the gradient; start_gradient_frame bounds it",
+                                         off=(*OFF, True, "true")),
+    "chunk_size": Absent("use num_frame_per_block"),
     "shift": Absent("use flow_schedule_shift, beside distillation_config"),
 }  # fmt: skip
 
@@ -150,7 +151,7 @@ _LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bn
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": _words("lcm dcm self_forcing diffusion_forcing ode_init"),
+    "distillation_method": _words("lcm dcm"),
     "lora_type": _words("lycoris"),
     "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "

@@ -15,8 +15,17 @@ from torch import Tensor, nn
 
 from simpletuner_dmd.flow import TextEmbedding
 from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
+from simpletuner_dmd.wan.causal import Blocks, CausalWanDenoiser, Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.runner import BlockRunner
+
+
+@dataclass(frozen=True)
+class CausalLayout:
+    """How a causal student cuts a clip into blocks, and how far these look back."""
+
+    blocks: Blocks
+    window: Window
 
 
 @dataclass
@@ -85,6 +94,7 @@ def build_roles(
     *,
     adapters: dict[str, AdapterSpec],
     full: dict[str, nn.Module] | None = None,
+    causal: CausalLayout | None = None,
     gradient_checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     seed: int = 0,
@@ -92,21 +102,29 @@ def build_roles(
     """Puts the roles on `base` (frozen here) and on the networks given.
 
     adapters: the roles that are LoRAs on the base. full: the roles that own a network. `autocast` is the compute dtype
-    of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
+    of full networks whose weights are fp32 masters; base forwards run in the base's own dtype. causal: the student
+    works block by block; whoever shares its network does not notice.
     """
+
+    def role(name: str, network: nn.Module, switch: AdapterSwitch | None, cast: torch.dtype | None) -> WanDenoiser:
+        adapter = name if switch is not None else None
+        if name != "student" or causal is None:
+            return WanDenoiser(network, switch, adapter, cast)
+        return CausalWanDenoiser(network, switch, adapter, cast, blocks=causal.blocks, window=causal.window)
+
     full = full or {}
     assert "student" in adapters.keys() | full.keys(), "every run has a student"
     assert not adapters.keys() & full.keys(), "a role is an adapter or a network of its own"
     switch = AdapterSwitch(base, adapters, seed)
     BlockRunner(base, switch, gradient_checkpointing)
     base.train()
-    denoisers = {name: WanDenoiser(base, switch, name) for name in adapters}
+    denoisers = {name: role(name, base, switch, None) for name in adapters}
     parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in adapters}
     for name, network in full.items():
         network.requires_grad_(True).train()
         BlockRunner(network, None, gradient_checkpointing)
         parameters[name] = list(network.named_parameters())
-        denoisers[name] = WanDenoiser(network, None, None, autocast)
+        denoisers[name] = role(name, network, None, autocast)
     order = sorted(denoisers, key=lambda name: name != "student")  # the student first, whoever owns a network
     return Roles(
         WanDenoiser(base, switch, None),
@@ -141,7 +159,7 @@ def self_test(
                     lines.append(f"self-test: the {name} equals the teacher bit for bit")
                     continue
                 difference = float((actual - expected).norm() / expected.norm())
-                if shared_numerics and role.autocast is None:
+                if shared_numerics and role.autocast is None and not isinstance(role, CausalWanDenoiser):
                     raise SelfTestError(f"the {name} does not start as the teacher: relative difference {difference:g}")
                 lines.append(f"self-test: the {name} starts {difference:.2e} (relative) away from the teacher")
     target = torch.randn(x_t_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(x_t_BCFHW.device)
