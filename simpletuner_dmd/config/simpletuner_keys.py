@@ -155,7 +155,7 @@ _LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bn
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": _words("lcm dcm self_forcing diffusion_forcing ode_init"),
+    "distillation_method": _words("self_forcing diffusion_forcing ode_init"),
     "lora_type": _words("lycoris"),
     "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "

@@ -2,10 +2,16 @@
 
 from simpletuner_dmd.config.methods.base import DistillationOptions
 from simpletuner_dmd.config.methods.critic import CriticOptions
+from simpletuner_dmd.config.methods.dcm import DcmConfig
 from simpletuner_dmd.config.methods.dmd import DmdConfig
+from simpletuner_dmd.config.methods.lcm import LcmConfig
+from simpletuner_dmd.config.methods.pcm import PcmConfig
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
+    "lcm": LcmConfig,
+    "pcm": PcmConfig,
+    "dcm": DcmConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig"]
+__all__ = ["METHODS", "CriticOptions", "DcmConfig", "DistillationOptions", "DmdConfig", "LcmConfig", "PcmConfig"]
