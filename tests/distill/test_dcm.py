@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simpletuner_dmd.config import TrainConfig
-from simpletuner_dmd.config.methods import DcmConfig
+from simpletuner_dmd.config.methods.dcm import DcmConfig
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.dcm import DCM, DCMSettings, temporal_coherence
