@@ -121,10 +121,6 @@ ABSENT_KEYS: dict[str, Absent] = {
 }  # fmt: skip
 
 METHOD_ABSENT_KEYS: dict[str, Absent] = {
-    **_each("gan_weight weak_lora_scale ground_truth_weight", LATER),
-    **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
-    "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),
-    "weak_mode": Absent("it acts with weak_lora_scale, which is " + NOT_YET, harmless=True),
     **_each("enable_gradient_in_rollout start_gradient_frame chunk_size",
             Absent("it acts for block-wise students, which are " + NOT_YET)),
     "shift": Absent("use flow_schedule_shift, beside distillation_config"),

@@ -98,6 +98,11 @@ class DistillationOptions(Options):
         return False
 
     @property
+    def latents_are_for(self) -> tuple[str, str] | None:
+        """(the option that asks for data latents, what to set to do without); None where the method itself does."""
+        return None
+
+    @property
     def student_interval(self) -> int:
         """The student is updated at every so many steps."""
         return 1

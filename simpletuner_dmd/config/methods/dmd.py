@@ -1,4 +1,4 @@
-"""Options of `distillation_config` for DMD: the student's rollout, the adversarial term, weak-to-strong matching."""
+"""Options of `distillation_config` for DMD: distribution matching, and the student's rollout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from simpletuner_dmd.config.methods.base import TIMESTEPS
-from simpletuner_dmd.config.methods.critic import CriticOptions
+from simpletuner_dmd.config.methods.matching import MatchingOptions
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config.schema import TrainConfig
@@ -16,7 +16,7 @@ BLOCK_KEYS = ("num_frame_per_block", "independent_first_frame", "same_step_acros
 """They rule students that work block by block; a DMD student makes the whole clip at once."""
 
 
-class DmdConfig(CriticOptions):
+class DmdConfig(MatchingOptions):
     """Distribution matching distillation (DMD2)."""
 
     title: ClassVar[str] = "DMD"
@@ -35,7 +35,13 @@ class DmdConfig(CriticOptions):
 
     @property
     def needs_latents(self) -> bool:
-        return self.rollout == "data_latent"
+        return self.rollout == "data_latent" or super().needs_latents
+
+    @property
+    def latents_are_for(self) -> tuple[str, str] | None:
+        if self.rollout == "data_latent":
+            return 'rollout "data_latent"', 'set "rollout": "simulate"'
+        return super().latents_are_for
 
     @property
     def given_block_keys(self) -> list[str]:
