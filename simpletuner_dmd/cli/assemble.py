@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from simpletuner_dmd.config import LoadedConfig, UserError
+from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
 from simpletuner_dmd.distill import builder
+from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.method import Ingredients, Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
 from simpletuner_dmd.validation.render import Scene
@@ -24,7 +26,7 @@ from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, 
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
-from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.roles import Roles, WanDenoiser, build_roles
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
@@ -194,6 +196,8 @@ class Assembly:
             caption_dropout_probability=config.caption_dropout_probability,
             critic=roles.critic,
             target=target,
+            weak=self._weak_critic(roles),
+            discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
         )
         try:
@@ -205,6 +209,33 @@ class Assembly:
                 key="distillation_config",
                 fix="widen min_timestep_ratio … max_timestep_ratio, or set ts_schedule to false",
             ) from error
+
+    def _weak_critic(self, roles: Roles) -> WanDenoiser | None:
+        """The critic's adapter at a strength that the method sets, for weak-to-strong matching."""
+        settings, critic = self.config.distillation_config, roles.critic
+        if not isinstance(settings, MatchingOptions) or not settings.weak_critic:
+            return None
+        assert critic is not None and critic.switch is not None, "a critic of its own weights has no fraction"
+        return WanDenoiser(critic.transformer, critic.switch, critic.adapter, critic.autocast)
+
+    def _discriminator(self, roles: Roles) -> VideoHead | None:
+        """The head on the critic's features, whose parameters move with the critic."""
+        settings = self.config.distillation_config
+        if not isinstance(settings, MatchingOptions) or not settings.gan_weight:
+            return None
+        depth = int(self.network["num_layers"])
+        blocks = default_blocks(depth) if settings.gan_blocks == "auto" else settings.gan_blocks
+        if blocks[-1] >= depth:
+            raise UserError(
+                f"found {', '.join(map(str, blocks))}, but the blocks of this model are 0 to {depth - 1}",
+                file=str(self.loaded.path),
+                key="distillation_config.gan_blocks",
+                fix='write "auto", or numbers of blocks it has',
+            )
+        width = int(self.network["num_attention_heads"]) * int(self.network["attention_head_dim"])
+        head = VideoHead(width, blocks, seed=self.config.seed).to(self.device)
+        roles.add_head("critic", head, "discriminator.")
+        return head
 
     # --- data -------------------------------------------------------------------------------------------------------
 

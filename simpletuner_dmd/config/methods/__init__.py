@@ -3,9 +3,10 @@
 from simpletuner_dmd.config.methods.base import DistillationOptions
 from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dmd import DmdConfig
+from simpletuner_dmd.config.methods.matching import MatchingOptions
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig"]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "MatchingOptions"]

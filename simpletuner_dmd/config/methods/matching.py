@@ -1,4 +1,4 @@
-"""Options of what may be added to distribution matching: a discriminator, weak-to-strong matching, a pull to the data."""
+"""Options of what may be added to distribution matching: a discriminator, weak-to-strong matching, ground truth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _blocks(value: Any) -> Any:
         blocks = sorted(set(numbers(value)))
     except ValueError:
         blocks = []
-    if not blocks or any(block < 0 or block != int(block) for block in blocks):
+    if not blocks or any(block < 0 or not block.is_integer() for block in blocks):
         raise ValueError('must be "auto" or a list of block numbers counted from 0, for example "15,22,29"')
     return tuple(int(block) for block in blocks)
 
