@@ -200,9 +200,9 @@ def test_the_discriminators_loss_by_hand() -> None:
     expected_fake = softplus(logit(fake_x)).mean()
     steepness = (logit(real_x) - logit(nudged_x)).pow(2).mean()
     expected_real = softplus(-logit(real_x)).mean() + 30 * steepness
-    assert float(fake.value.detach()) == pytest.approx(0.25 * float(expected_fake), rel=1e-5)
+    assert float(fake.value.detach()) == pytest.approx(0.25 * float(expected_fake.detach()), rel=1e-5)
     assert float(real.value.detach()) == pytest.approx(0.25 * float(expected_real), rel=1e-5)
-    assert fake.reported == pytest.approx(float(expected_fake), rel=1e-5)
+    assert fake.reported == pytest.approx(float(expected_fake.detach()), rel=1e-5)
     assert fake.metrics == {"gan_logit_student": pytest.approx(float(logit(fake_x).mean()), rel=1e-4)}
     assert real.metrics == {
         "gan_logit_videos": pytest.approx(float(logit(real_x).mean()), rel=1e-4),
@@ -237,7 +237,7 @@ class FixedLevel(FastStream):
 
 
 def test_the_best_logit_is_the_log_ratio_of_the_noised_densities() -> None:
-    """Real N(1, 0.5), student N(-0.5, 0.2), both at sigma 0.5: log of two Gaussians is a parabola with known numbers."""
+    """Real N(1, 0.5), student N(-0.5, 0.2), both at sigma 0.5: the log ratio is a known parabola."""
     head, count, shape = QuadraticHead(), 40_000, (1, 1, 1, 1)
     gan = Adversary(Bare(), head, (0,), AdversarySettings(weight=1.0), SigmaWindow(0.0, 1.0), CPU)
     seeded = torch.Generator().manual_seed(0)
@@ -376,9 +376,7 @@ def test_the_terms_gradients_add_at_x0() -> None:
     with_term.adversary = None
     (plain,) = with_term.student_losses(batch, stream)
     plain.value.backward()
-    assert loss.reported == pytest.approx(float(plain.value.detach()), rel=1e-6), (
-        "logged is distribution matching alone"
-    )
+    assert loss.reported == pytest.approx(float(plain.value.detach()), rel=1e-6), "logged is the matching alone"
     x0 = with_term._roll_out(batch, stream, with_grad=True).x0
     sigma_B = with_term._critic_window.sigma(stream.uniform("gan/student sigma"))
     x_t = add_noise(x0, stream.normal(SHAPE, "gan/student noise"), sigma_B)
@@ -473,7 +471,7 @@ def trained_offset(weight: float) -> Tensor:
 
 
 def test_real_videos_draw_the_student_past_its_teacher() -> None:
-    """What the term is for. With a vanishing weight the student ends at the teacher, with a real one towards the data."""
+    """What the term is for. Without weight the student ends at the teacher, with it towards the data."""
     assert float((trained_offset(1e-9) - torch.tensor([1.0, -0.5])).abs().max()) < 0.05
     drawn = trained_offset(1.5) - torch.tensor([1.0, -0.5])
     assert float(drawn.min()) > 0.2

@@ -35,7 +35,7 @@ def draw(seed: int, count: int = 4) -> Tensor:
 
 
 class Linear:
-    """A base whose velocity moves by scale x delta_c on prompts (which say 1) and scale x delta_u on the negative one."""
+    """A base whose velocity moves by scale x delta on prompts (they say 1), by scale x delta_u x delta on the negative."""
 
     def __init__(self, scale: float, delta_u: float = 1.0) -> None:
         self.scale = scale
@@ -82,7 +82,7 @@ def test_without_guidance_the_direction_is_a_share_of_dmds(mode: str, fraction: 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.75])
 def test_under_guidance_the_linear_form_scales_the_matching_part_alone(fraction: float) -> None:
-    """x0_F - x0_real = (1 - a) (x0_F - x0_c) - (g - 1) (x0_c - x0_u), whatever the critic does on the negative prompt."""
+    """x0_F - x0_real = (1 - a) (x0_F - x0_c) - (g - 1) (x0_c - x0_u), whatever the critic says of the negative."""
     for delta_u in (1.0, 0.0, -2.0):
         matching = -Linear(1.0).delta
         guidance = (5.0 - 1) * Linear(1.0).apart
