@@ -13,6 +13,7 @@ from torch import nn
 from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
@@ -23,10 +24,12 @@ from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmb
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
-from simpletuner_dmd.wan.roles import Roles, WanDenoiser, build_roles
+from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
@@ -94,6 +97,11 @@ class Assembly:
     def roles(self) -> tuple[Roles, list[str]]:
         """Teacher, student and what else the method moves, and lines worth printing."""
         config = self.config
+        routes = self.routes  # before any weight is loaded: they may not fit the model
+        if config.distillation_config is not None:
+            place = self.loaded.origins.get("distillation_config.gan_blocks", "")
+            if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
+                raise UserError(problems)
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
         adapters = self.adapters()
@@ -106,7 +114,23 @@ class Assembly:
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        return roles, [notice] if notice else []
+        lines = [notice] if notice else []
+        for name in routed_roles(config.distillation_config) if routes else ():
+            roles.denoisers[name].routes = routes
+            lines.append(routing_line(name, routes, depth_of(self.network)))
+        return roles, lines
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """TREAD's, with blocks counted from 0; a UserError where the model does not have them."""
+        tread = self.config.tread_config
+        if tread is None:
+            return ()
+        depth = depth_of(self.network)
+        problems = tread.depth_problems(depth, self.loaded.origins.get("tread_config", ""))
+        if problems:
+            raise UserError(problems)
+        return tuple(Route(*span) for span in tread.spans(depth))
 
     def _moving_networks(self) -> list[str]:
         return ["student", *(["critic"] if self.config.critic else [])]
@@ -220,20 +244,12 @@ class Assembly:
 
     def _discriminator(self, roles: Roles) -> VideoHead | None:
         """The head on the critic's features, whose parameters move with the critic."""
-        settings = self.config.distillation_config
+        settings, critic = self.config.distillation_config, roles.critic
         if not isinstance(settings, MatchingOptions) or not settings.gan_weight:
             return None
-        depth = int(self.network["num_layers"])
-        blocks = default_blocks(depth) if settings.gan_blocks == "auto" else settings.gan_blocks
-        if blocks[-1] >= depth:
-            raise UserError(
-                f"found {', '.join(map(str, blocks))}, but the blocks of this model are 0 to {depth - 1}",
-                file=str(self.loaded.path),
-                key="distillation_config.gan_blocks",
-                fix='write "auto", or numbers of blocks it has',
-            )
-        width = int(self.network["num_attention_heads"]) * int(self.network["attention_head_dim"])
-        head = VideoHead(width, blocks, seed=self.config.seed).to(self.device)
+        assert critic is not None, "the head reads the critic"
+        blocks = default_blocks(critic.depth) if settings.gan_blocks == "auto" else settings.gan_blocks
+        head = VideoHead(critic.width, blocks, seed=self.config.seed).to(self.device)
         roles.add_head("critic", head, "discriminator.")
         return head
 

@@ -108,7 +108,7 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Local model folders that lack a part. Reads file names only; Hub ids are not looked up."""
+    """Local model folders that lack a part, or whose depth a setting does not fit; Hub ids are not looked up."""
     from simpletuner_dmd.config import Problem
 
     config, problems = loaded.config, []
@@ -134,7 +134,27 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
                         f"a diffusers pipeline folder has {', '.join(PARTS)}",
                         "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
+        elif part == "transformer":
+            problems += depth_problems(loaded, folder if own_folder else folder / subfolder)
     return problems
+
+
+def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
+    """Blocks in `tread_config` and in the method's settings that the transformer in this folder does not have."""
+    from simpletuner_dmd.config.read import read_json
+    from simpletuner_dmd.config.tread import depth_of
+
+    config, file = loaded.config, folder / "config.json"
+    found: list[Problem] = []
+    if not file.is_file():
+        return found
+    depth = depth_of(read_json(file, str(file)))
+    if config.tread_config is not None:
+        found += config.tread_config.depth_problems(depth, loaded.origins.get("tread_config", ""))
+    if config.distillation_config is not None:
+        place = loaded.origins.get("distillation_config.gan_blocks", "")
+        found += config.distillation_config.depth_problems(depth, place)
+    return found
 
 
 def output_problems(loaded: LoadedConfig) -> list[Problem]:

@@ -7,22 +7,10 @@ in full: it imports nothing of this package, and it is what the export's own che
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 
 from simpletuner_dmd.publish.info import ExportInfo, ladder_text
 from simpletuner_dmd.publish.snippets import load_lines
-
-
-@dataclass(frozen=True)
-class BlockSampling:
-    """How a causal student is sampled: the keys of `distillation_config` of the same names, in latent frames."""
-
-    num_frame_per_block: int
-    independent_first_frame: bool = False
-    context_noise: float = 0.0
-    sink_frames: int = 0
-    local_attn_frames: int = 0
-
+from simpletuner_dmd.validation.sampling import BlockSampling
 
 _SAMPLER = '''\
 """The {steps}-step block-by-block sampler of {name} on stock diffusers; yields blocks as they are finished.

@@ -35,7 +35,7 @@ def draw(seed: int, count: int = 4) -> Tensor:
 
 
 class Linear:
-    """A base whose velocity moves by scale x delta on prompts (they say 1), by scale x delta_u x delta on the negative."""
+    """The velocity moves by scale x delta on prompts (they say 1), by delta_u times as much on the negative."""
 
     def __init__(self, scale: float, delta_u: float = 1.0) -> None:
         self.scale = scale

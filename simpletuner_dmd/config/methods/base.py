@@ -117,6 +117,10 @@ class DistillationOptions(Options):
         """Keys that rule block-wise students, given to a method whose student is none."""
         return []
 
+    def depth_problems(self, depth: int, place: str) -> list[Problem]:
+        """Blocks that a model of `depth` blocks does not have; `place` is where they were written."""
+        return []
+
     def problems(self, config: TrainConfig) -> list[Problem]:
         """Combinations that cannot work. `file` is left empty: the loader knows which file each key came from."""
         found = []

@@ -109,6 +109,16 @@ class MatchingOptions(CriticOptions):
         """Whether the critic is also evaluated at a fraction of its strength."""
         return self.weak_lora_scale > 0 and self.weak_mode == "exact-both"
 
+    def depth_problems(self, depth: int, place: str) -> list[Problem]:
+        if not self.gan_weight or self.gan_blocks == "auto" or self.gan_blocks[-1] < depth:
+            return []
+        return [
+            Problem(place, WHERE + "gan_blocks",
+                    f"found {', '.join(map(str, self.gan_blocks))}, but this model has {depth} blocks, "
+                    f"0 to {depth - 1}",
+                    'choose from these, or write "auto"')
+        ]  # fmt: skip
+
     def problems(self, config: TrainConfig) -> list[Problem]:
         found = super().problems(config)
         if self.gan_weight and config.max_train_steps and self.gan_start_step >= config.max_train_steps:
