@@ -12,7 +12,7 @@ QUANTISED_4_BIT = ("int4-quanto",)
 
 def cross_problems(config: TrainConfig) -> list[Problem]:
     """Combinations that cannot work. `file` is left empty: the loader knows which file each key came from."""
-    problems = _length_problems(config) + _size_problems(config)
+    problems = _length_problems(config) + _size_problems(config) + _noise_problems(config)
     if config.model_type == "full" and config.mixed_precision == "fp16":
         problems.append(
             Problem("", "mixed_precision", "fp16 has too few exponents for training every weight of Wan",
@@ -58,6 +58,51 @@ def _size_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+DRAWS = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_custom_timesteps")
+"""Each of them says alone where supervised noise levels are drawn; without any they are logit-normal."""
+
+
+def _noise_problems(config: TrainConfig) -> list[Problem]:
+    found = []
+    chosen = [key for key in DRAWS if getattr(config, key)]
+    if len(chosen) > 1:
+        found.append(
+            Problem("", chosen[-1], f"{' and '.join(chosen)} each say how noise levels are drawn", "keep one of them")
+        )
+    if config.flow_schedule_auto_shift and config.distillation_method:
+        found.append(
+            Problem("", "flow_schedule_auto_shift", "a few-step student has one ladder for every size, so its shift "
+                    "cannot follow the size", "set it to false, and flow_schedule_shift to the shift you want")
+        )  # fmt: skip
+    elif config.flow_schedule_auto_shift and config.flow_schedule_shift is not None:
+        found.append(
+            Problem("", "flow_schedule_auto_shift",
+                    f"found true beside flow_schedule_shift {config.flow_schedule_shift:g}: one shift follows the "
+                    "size, the other is the same for all", "remove one of them")
+        )  # fmt: skip
+    return found
+
+
+def _noise_notices(config: TrainConfig) -> list[str]:
+    given = config.model_fields_set
+    if config.distillation_method:
+        named = [key for key in (*DRAWS, "flow_sigmoid_scale") if key in given and getattr(config, key)]
+        return [f"{', '.join(named)}: no effect here; they rule fine-tuning, and {config.distillation_method} draws "
+                "its own noise levels."] if named else []  # fmt: skip
+    found = []
+    chosen = next((key for key in DRAWS if getattr(config, key)), None)
+    if chosen and "flow_sigmoid_scale" in given:
+        found.append(f"flow_sigmoid_scale has no effect: {chosen} replaces the logit-normal draw.")
+    parameters = [key for key in ("flow_beta_schedule_alpha", "flow_beta_schedule_beta") if key in given]
+    if parameters and not config.flow_use_beta_schedule:
+        found.append(f"{' and '.join(parameters)}: no effect without flow_use_beta_schedule.")
+    if chosen == "flow_custom_timesteps" and config.flow_schedule_auto_shift:
+        found.append("flow_schedule_auto_shift has no effect: flow_custom_timesteps are taken as they are.")
+    if chosen == "flow_custom_timesteps" and config.flow_schedule_shift is not None:
+        found.append("flow_schedule_shift acts on validation only: flow_custom_timesteps are taken as they are.")
+    return found
+
+
 def combination_notices(config: TrainConfig) -> list[str]:
     """What works, but not as a person might think. One sentence each."""
     found: list[str] = []
@@ -79,6 +124,7 @@ def combination_notices(config: TrainConfig) -> list[str]:
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
     found += tread_notices(config.tread_config, config.distillation_config)
+    found += _noise_notices(config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

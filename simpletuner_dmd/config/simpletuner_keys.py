@@ -60,11 +60,6 @@ ABSENT_KEYS: dict[str, Absent] = {
     "global_batch_size": Absent(f"{NOT_YET}; use train_batch_size x gradient_accumulation_steps x num_processes"),
     "lycoris_config": Absent("it acts with lora_type lycoris, which is " + NOT_YET, harmless=True),
     **_each("init_lokr_norm use_dora", LATER),
-    **_each("flow_schedule_auto_shift flow_use_uniform_schedule flow_use_beta_schedule flow_custom_timesteps",
-            Absent(f"{NOT_YET}; use flow_schedule_shift")),
-    **_each("flow_beta_schedule_alpha flow_beta_schedule_beta", Absent(
-        "it acts with flow_use_beta_schedule, which is " + NOT_YET, harmless=True)),
-    "flow_sigmoid_scale": Absent(f"{NOT_YET}; leave it out", off=(*OFF, 1, 1.0, "1", "1.0")),
     "target_downsample_size": Absent("write it on the dataset entry, in multidatabackend.json"),
     "base_model_default_dtype": Absent("what is not quantised is kept in bf16", off=(*OFF, "bf16")),
     **_each("text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision", Absent(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from simpletuner_dmd.config.coerce import Options, words
+from simpletuner_dmd.config.coerce import Options, numbers, words
 
 DEFAULT_STEPS = 4000
 DISTILLATION_SHIFT = 5.0
@@ -24,6 +24,17 @@ Precision = Literal["no_change", "int8-quanto", "int4-quanto", "fp8-quanto"]
 
 def _scheduler_name(value: Any) -> Any:
     return "cosine" if value == "cosine_with_warmup" else value
+
+
+def _timesteps(value: Any) -> Any:
+    if value is None:
+        return None
+    steps = numbers(value)
+    if not steps:
+        raise ValueError("must name at least one timestep")
+    if any(not 0 < step <= 1000 for step in steps):
+        raise ValueError("must be timesteps above 0 and up to 1000; values up to 1 are sigmas")
+    return steps
 
 
 class LengthOptions(Options):
@@ -163,3 +174,29 @@ class FlowOptions(Options):
         description="Moves noise levels towards the noisy end: sigma = s u / (1 + (s - 1) u). "
         f"Default: {DISTILLATION_SHIFT:g} in distillation; unset in fine-tuning, which then draws logit-normal levels.",
     )  # fmt: skip
+    flow_schedule_auto_shift: bool = Field(
+        False,
+        description="Fine-tuning: the shift follows the size of the video, as FLUX has it: exp(mu), mu from 0.5 at 256 "
+        "tokens per frame to 1.15 at 4096. 832x480 gets 2.06, 1280x720 gets 2.90.",
+    )
+    flow_sigmoid_scale: float = Field(
+        1.0, gt=0, le=10,
+        description="Fine-tuning: spread of the logit-normal noise levels; more reaches further to both ends.",
+    )  # fmt: skip
+    flow_use_uniform_schedule: bool = Field(
+        False, description="Fine-tuning: draws noise levels uniformly instead of logit-normal."
+    )
+    flow_use_beta_schedule: bool = Field(
+        False, description="Fine-tuning: draws noise levels from a Beta distribution instead of logit-normal."
+    )
+    flow_beta_schedule_alpha: float = Field(
+        2.0, ge=0.1, le=100, description="First parameter of `flow_use_beta_schedule`; more moves to the noisy end."
+    )
+    flow_beta_schedule_beta: float = Field(
+        2.0, ge=0.1, le=100, description="Second parameter of `flow_use_beta_schedule`; more moves to the clean end."
+    )
+    flow_custom_timesteps: Annotated[tuple[float, ...] | None, BeforeValidator(_timesteps)] = Field(
+        None,
+        description="Fine-tuning: draws only these timesteps (0 to 1000; up to 1 they are sigmas), each as likely as "
+        "the others, and no shift acts on them.",
+    )

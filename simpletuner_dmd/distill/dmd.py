@@ -25,7 +25,8 @@ from simpletuner_dmd.distill.losses import (
     matching_loss,
     velocity_loss,
 )
-from simpletuner_dmd.distill.method import Features, Ingredients, NamedLoss, Turn, linearised
+from simpletuner_dmd.distill.method import Features, Ingredients, Method, NamedLoss, Turn, linearised
+from simpletuner_dmd.distill.ode_init import Initialised, OdeInit, OdeInitSettings
 from simpletuner_dmd.distill.rollout import RollOut, Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.distill.weak_to_strong import Score, Weakened, WeakToStrong, leaning, score
@@ -228,7 +229,7 @@ class DMD:
         assert not state, f"unexpected method state {sorted(state)}"
 
 
-def build(parts: Ingredients) -> DMD:
+def build(parts: Ingredients) -> Method:
     """The method from `distillation_config`. Raises ValueError where a noise window is empty for one of the rungs."""
     options = parts.options
     assert parts.critic is not None, "DMD has a critic"
@@ -254,10 +255,15 @@ def build(parts: Ingredients) -> DMD:
     )
     head = parts.discriminator
     assert head is None or isinstance(head, VideoHead), "the head of this method judges videos"
-    return DMD(
+    method = DMD(
         parts.teacher, parts.student, parts.critic, settings, parts.device,
         weak=cast(Weakened | None, parts.weak), head=head, blocks=() if head is None else head.blocks,
     )  # fmt: skip
+    if not options.regression_steps:
+        return method
+    regression = OdeInitSettings(parts.schedule, options.ode_steps, options.real_score_guidance_scale)
+    first = OdeInit(parts.teacher, parts.student, regression, parts.device)
+    return Initialised(first, options.regression_steps, method)
 
 
 def _adversary(options: Any) -> AdversarySettings | None:

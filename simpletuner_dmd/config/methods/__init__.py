@@ -4,9 +4,11 @@ from simpletuner_dmd.config.methods.base import DistillationOptions
 from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dmd import DmdConfig
 from simpletuner_dmd.config.methods.matching import MatchingOptions
+from simpletuner_dmd.config.methods.rcm import RcmConfig
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
+    "rcm": RcmConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "MatchingOptions"]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "MatchingOptions", "RcmConfig"]

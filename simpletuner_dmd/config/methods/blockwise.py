@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, ladder
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, ladder_steps
 from simpletuner_dmd.config.methods.critic import CriticOptions
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class SelfForcingConfig(BlockOptions, CriticOptions):
 
     title: ClassVar[str] = "Self-Forcing"
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
         (1000.0, 937.5, 2500 / 3, 625.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
