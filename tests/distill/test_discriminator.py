@@ -24,8 +24,12 @@ from simpletuner_dmd.distill.discriminator import (
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.losses import adversarial_loss, discriminator_loss
 from simpletuner_dmd.distill.rollout import RolloutSettings
+from simpletuner_dmd.distill.weak_to_strong import WeakToStrong
 from simpletuner_dmd.flow import Batch, Schedule, SigmaWindow, TextEmbedding, add_noise
 from simpletuner_dmd.randomness import RandomStream
+from simpletuner_dmd.wan.denoiser import WanDenoiser
+from simpletuner_dmd.wan.roles import Roles, build_roles
+from tests.wan.tiny import LORA, batch_of, tiny_wan, wake
 
 from .oracles import (
     CPU,
@@ -194,6 +198,7 @@ def test_the_discriminators_loss_by_hand() -> None:
     sigma_B = critic.asked[0]["sigma"]
     assert torch.allclose(nudged_x - real_x, 0.2 * stream.normal(SHAPE, "gan/r1"), atol=1e-6)
 
+    @torch.no_grad()
     def logit(x_t: Tensor) -> Tensor:
         return head(critic.features(x_t, sigma_B, batch.text, BLOCKS), sigma_B)
 
@@ -476,3 +481,79 @@ def test_real_videos_draw_the_student_past_its_teacher() -> None:
     drawn = trained_offset(1.5) - torch.tensor([1.0, -0.5])
     assert float(drawn.min()) > 0.2
     assert float(drawn.max()) < 1.1
+
+
+# --- on a real Wan ----------------------------------------------------------------------------------------------------
+
+
+def wan_turns(checkpointing: bool) -> tuple[Roles, VideoHead, DMD]:
+    roles = build_roles(tiny_wan(), adapters={"student": LORA, "critic": LORA}, gradient_checkpointing=checkpointing)
+    wake(roles)
+    assert roles.critic is not None
+    head = awake(roles.critic.width, (0, 1))
+    roles.add_head("critic", head, "discriminator.")
+    settings = DMDSettings(
+        RolloutSettings(Schedule(ladder=(1.0, 0.5))), weak_to_strong=WeakToStrong(0.25, "exact-both"),
+        adversary=AdversarySettings(weight=0.3, weight_mode="ratio", r1_weight=10.0),
+    )  # fmt: skip
+    weak = WanDenoiser(roles.teacher.transformer, roles.critic.switch, "critic")
+    method = DMD(roles.teacher, roles.student, roles.critic, settings, CPU, weak=weak, head=head, blocks=(0, 1))
+    return roles, head, method
+
+
+def turn_gradients(roles: Roles, method: DMD, role: str) -> dict[str, Tensor]:
+    """What one turn leaves, as the trainer goes about it; anything outside the role is an error."""
+    batch = batch_of()
+    losses = method.student_losses if role == "student" else method.critic_losses
+    own = dict(roles.parameters[role])
+    for loss in losses(batch, RandomStream(0, 3, batch.positions)):
+        loss.value.backward(inputs=list(own.values()))
+    found = {name: parameter.grad for name, parameter in own.items()}
+    assert all(gradient is not None and gradient.any() for gradient in found.values())
+    others = [p for name, items in roles.parameters.items() if name != role for _, p in items]
+    assert all(parameter.grad is None for parameter in [*others, *frozen(roles)])
+    for parameter in own.values():
+        parameter.grad = None
+    return found  # type: ignore[return-value]
+
+
+def frozen(roles: Roles) -> list[nn.Parameter]:
+    return [p for name, p in roles.teacher.transformer.named_parameters() if "lora_" not in name]
+
+
+@pytest.mark.parametrize("role", ["student", "critic"])
+def test_recomputing_blocks_changes_no_gradient_of_a_turn_that_spans_roles(role: str) -> None:
+    """The student's turn passes through the critic's adapter and back; the critic's, from the head to its adapter."""
+    plain, recomputed = (
+        turn_gradients(roles, method, role) for roles, _, method in (wan_turns(False), wan_turns(True))
+    )
+    for name, gradient in plain.items():
+        assert torch.allclose(gradient, recomputed[name], rtol=1e-4, atol=1e-9), name
+
+
+def test_a_students_update_leaves_teacher_critic_and_head_bit_for_bit() -> None:
+    roles, head, method = wan_turns(False)
+    optimizers = {role: torch.optim.AdamW([p for _, p in items], lr=0.01) for role, items in roles.parameters.items()}
+    batch = batch_of()
+    x_t, sigma_B = batch.latents_BCFHW, torch.tensor([0.3, 0.8])
+    assert x_t is not None
+
+    def state() -> dict[str, list[Tensor]]:
+        found = {role: [p.detach().clone() for _, p in items] for role, items in roles.parameters.items()}
+        with torch.no_grad():
+            said = roles.teacher.velocity(x_t, sigma_B, batch.text)
+        return {**found, "base": [p.clone() for p in frozen(roles)], "teacher": [said]}
+
+    for step in range(3):
+        for turn in method.turns(step):
+            before = state()
+            for loss in turn.losses(batch, RandomStream(0, step, batch.positions)):
+                loss.value.backward(inputs=[p for _, p in roles.parameters[turn.role]])
+            optimizers[turn.role].step()
+            optimizers[turn.role].zero_grad()
+            moved = {
+                name for name, tensors in state().items()
+                if not all(torch.equal(old, new) for old, new in zip(before[name], tensors, strict=True))
+            }  # fmt: skip
+            assert moved == {turn.role}
+        method.end_step()

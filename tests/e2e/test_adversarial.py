@@ -123,6 +123,20 @@ def test_weak_to_strong(make_project: ProjectMaker, monkeypatch: pytest.MonkeyPa
     assert project.rows("step")[0]["dmd_matching_rms"] == 0
 
 
+def test_a_run_may_begin_with_the_ends_of_the_teachers_trajectories(make_project: ProjectMaker) -> None:
+    """The student alone at first; then the critic's warm-up, then both. Stopped in between, it ends the same."""
+    distillation = {"regression_steps": 3, "critic_warmup_steps": 1, "ode_steps": 4, "generator_update_interval": 1}
+    project = make_project("regression", distillation=distillation, checkpoint_step_interval=2)
+    assert project.train() == 0
+    rows = project.rows("step")
+    assert ["ode_loss" in row for row in rows] == [True] * 3 + [False] * 3
+    assert ["fake_score_loss" in row for row in rows] == [False] * 3 + [True] * 3
+    assert ["dmd_loss" in row for row in rows] == [False] * 4 + [True] * 2
+    before = project.exported()
+    assert project.train("resume_from_checkpoint=checkpoint-000002") == 0
+    assert_same_bits(project.exported(), before)
+
+
 def test_ground_truth_trains_and_warns(
     make_project: ProjectMaker, videos: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +154,7 @@ def test_what_cannot_work_is_a_sentence(
         (None, {"ground_truth_weight": 0.1}, ["ground_truth_weight 0.1", "videos"]),
         (videos, {"gan_weight": 0.1, "gan_start_step": 0, "gan_blocks": "0,2"}, ["gan_blocks", "2 blocks, 0 to 1"]),
         (videos, {"gan_weight": 0.1, "gan_start_step": 6}, ["gan_start_step", "never act"]),
+        (None, {"regression_steps": 6}, ["regression_steps", "never begin"]),
     ]
     for number, (datasets, settings, words) in enumerate(cases):
         project = make_project(f"refused-{number}", datasets, distillation=settings)
