@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.lycoris import NOT_FOR_COMFYUI, lycoris_problems
 from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import tread_notices
@@ -23,7 +24,43 @@ def cross_problems(config: TrainConfig) -> list[Problem]:
             Problem("", "lr_end", f"found {config.lr_end:g}, which is above learning_rate {config.learning_rate:g}",
                     "lower lr_end, or leave it out")
         )  # fmt: skip
+    problems += _adapter_problems(config)
     return problems + (config.distillation.problems(config) if config.distillation_config is not None else [])
+
+
+def _adapter_problems(config: TrainConfig) -> list[Problem]:
+    if config.model_type == "full":
+        return []
+    problems = []
+    if config.lora_type == "lycoris":
+        assert config.lycoris_config is not None, "filled in by default"
+        problems += lycoris_problems(config.lycoris_config, config.base_model_precision)
+        if config.use_dora:
+            problems.append(
+                Problem("", "use_dora", "found true beside lora_type lycoris: DoRA is made of a standard LoRA here",
+                        'set "lora_type": "standard", or "use_dora": false')
+            )  # fmt: skip
+    elif config.init_lokr_norm is not None:
+        problems.append(
+            Problem("", "init_lokr_norm", f"found {config.init_lokr_norm:g}, but lora_type is standard: there is no "
+                    "LoKr to start", 'set "lora_type": "lycoris", or leave it out')
+        )  # fmt: skip
+    if config.init_lokr_norm is not None and config.init_lora is not None:
+        problems.append(
+            Problem("", "init_lokr_norm", "init_lora says where the student starts", "leave one of them out")
+        )
+    if config.use_dora and config.base_model_precision != "no_change":
+        problems.append(
+            Problem("", "use_dora", f"found true beside base_model_precision {config.base_model_precision}: DoRA "
+                    "measures the base's own weights, which are not there once they are quantised",
+                    'set "base_model_precision": "no_change", or "use_dora": false')
+        )  # fmt: skip
+    if config.use_dora and config.lora_format == "comfyui":
+        problems.append(
+            Problem("", "lora_format", "found comfyui, but a DoRA is exported for diffusers only",
+                    'set "lora_format": "diffusers"')
+        )  # fmt: skip
+    return problems
 
 
 def _length_problems(config: TrainConfig) -> list[Problem]:
@@ -119,6 +156,7 @@ def combination_notices(config: TrainConfig) -> list[str]:
     ):
         if precision in QUANTISED_4_BIT:
             found.append(f"{key} {precision}: Wan loses visibly at 4 bits; int8-quanto is nearly free.")
+    found += _adapter_notices(config)
     if config.use_ema and config.ema_validation == "none":
         found.append("ema_validation none: validation renders the trained weights; the export carries the average.")
     if config.push_checkpoints_to_hub and not config.push_to_hub:
@@ -128,3 +166,20 @@ def combination_notices(config: TrainConfig) -> list[str]:
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found
+
+
+def _adapter_notices(config: TrainConfig) -> list[str]:
+    given = config.model_fields_set
+    if config.model_type == "full":
+        idle = sorted({"use_dora", "lycoris_config", "init_lokr_norm", "init_lora"} & given)
+        return [f"{', '.join(idle)}: no effect, model_type is full and has no adapter."] if idle else []
+    if config.lora_type == "lycoris":
+        idle = sorted({"lora_rank", "lora_alpha", "lora_init_type", "lora_dropout", "peft_lora_target_modules"} & given)
+        found = [f"{', '.join(idle)}: no effect, lora_type is lycoris; see lycoris_config."] if idle else []
+        assert config.lycoris_config is not None, "filled in by default"
+        if (unread := sorted(config.lycoris_config.algos & set(NOT_FOR_COMFYUI))) and config.lora_format != "diffusers":
+            found.append(f"{', '.join(unread)}: no ComfyUI file is written, only lycoris' own.")
+        return found
+    if config.use_dora and config.lora_format == "both":
+        return ["use_dora: no ComfyUI file is written, a DoRA is exported for diffusers only."]
+    return []

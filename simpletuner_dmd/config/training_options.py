@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import Options, numbers, words
+from simpletuner_dmd.config.lycoris import LycorisOptions
 
 DEFAULT_STEPS = 4000
 DISTILLATION_SHIFT = 5.0
@@ -130,7 +131,11 @@ class PrecisionOptions(Options):
 class LoraOptions(Options):
     """The student's adapter."""
 
-    lora_type: Literal["standard"] = Field("standard", description="`standard` is a LoRA as PEFT makes it.")
+    lora_type: Literal["standard", "lycoris"] = Field(
+        "standard",
+        description="`standard` is a LoRA as PEFT makes it; `lycoris` is a network of the library of that name, which "
+        "`lycoris_config` describes.",
+    )
     lora_rank: int = Field(16, ge=1, le=4096, description="Rank of the student's LoRA. 64 to 128 suits distillation.")
     lora_alpha: float = Field(
         default_factory=lambda data: float(data["lora_rank"]),
@@ -143,6 +148,32 @@ class LoraOptions(Options):
     )
     peft_lora_target_modules: Annotated[list[str] | None, BeforeValidator(words)] = Field(
         None, description="Names of the layers that get an adapter. Default: attention and feed-forward of every block."
+    )
+    use_dora: bool = Field(
+        False,
+        description="Also trains the length of every row of the adapted weights (DoRA). For `lora_type` standard; "
+        "exported for diffusers only.",
+    )
+    lycoris_config: LycorisOptions | None = Field(
+        default_factory=lambda data: LycorisOptions() if data.get("lora_type") == "lycoris" else None,
+        description="The LyCORIS network of student and critic: an object, or the path of a JSON file that holds one. "
+        "Default: LoKr of rank 16 in attention and feed-forward of every block.",
+    )
+    init_lokr_norm: float | None = Field(
+        None, gt=0, le=1,
+        description="The student's LoKr starts as noise of this share of each weight's norm instead of at 0, so it "
+        "does not start as the teacher. Needs `full_matrix` in `lycoris_config`.",
+    )  # fmt: skip
+    init_lora: str | None = Field(
+        None,
+        description="The student starts from this adapter: a .safetensors file, an export folder, or the output folder "
+        "of a finished run.",
+    )
+    teacher_lora: str | None = Field(
+        None,
+        description="A LoRA or LyCORIS file (or folder, as in `init_lora`) that is merged into the base before "
+        "anything else, so that teacher, critic and student all start from this fine-tune; `path:0.8` sets its "
+        "strength.",
     )
     lora_format: Literal["diffusers", "comfyui", "both"] = Field(
         "both", description="Key names of the exported LoRA: for diffusers, for ComfyUI, or one file of each."

@@ -264,9 +264,9 @@ def test_unreadable_files(home: Path) -> None:
         ({"report_to": "swanlab"}, "report_to", "must be one of: wandb, tensorboard, trackio"),
         ({"optimizer": "bnb-adamw8bit"}, "optimizer", "not available yet in this version"),
         ({"optimizer": "adamw_bf61"}, "optimizer", 'did you mean "adamw_bf16"?'),
-        ({"lora_type": "lycoris"}, "lora_type", "not available yet"),
+        ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
-            {"distillation_method": "lcm", "distillation_config": {"w_min": 1}},
+            {"distillation_method": "self_forcing", "distillation_config": {"w_min": 1}},
             "distillation_method",
             "not available yet",
         ),

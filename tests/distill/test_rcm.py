@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.config import METHODS, TrainConfig
+from simpletuner_dmd.config.datasets import needs_videos, read_entries
 from simpletuner_dmd.config.rules import cross_problems
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
@@ -37,7 +38,7 @@ class LearnedVelocity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(0.3 * torch.randn(4, generator=torch.Generator().manual_seed(seed)))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
         said = text.rows_BLD[:, 0, 0].reshape(-1, 1, 1, 1, 1)
         a, b, c, d = self.weights
         return a * x_t_BCFHW + b + c * said + d * sigma.reshape(-1, 1, 1, 1, 1)
@@ -261,3 +262,9 @@ def test_what_cannot_work_is_one_problem(
 )
 def test_what_can_work_is_let_through(outside: dict[str, object]) -> None:
     assert cross_problems(configured(**outside)) == []
+
+
+def test_prompts_alone_are_not_enough() -> None:
+    prompts = {"id": "p", "type": "local", "dataset_type": "prompts", "instance_data_dir": "prompts.txt"}
+    (problem,) = needs_videos(configured(), read_entries([prompts], "data.json").entries, "data.json")
+    assert "rcm learns from videos" in problem.message

@@ -51,7 +51,7 @@ class PerfectStudent:
 
     mean: Tensor
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
         return (x_t_BCFHW - end_point(x_t_BCFHW, sigma, self.mean)) / sigma.reshape(-1, 1, 1, 1, 1)
 
 
@@ -64,7 +64,7 @@ class Network(nn.Module):
             torch.manual_seed(0)
             self.layers = nn.Sequential(nn.Linear(10, 16), nn.Tanh(), nn.Linear(16, 8))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
         said = text.rows_BLD[:, 0, :1].to(x_t_BCFHW.dtype)
         return self.layers(torch.cat([x_t_BCFHW.flatten(1), 3 * sigma[:, None], said], dim=1)).view_as(x_t_BCFHW)
 

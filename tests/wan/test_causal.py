@@ -251,7 +251,7 @@ def test_a_window_too_small_for_a_block_is_a_clear_mistake() -> None:
 def test_under_autocast_the_cache_is_as_narrow_as_the_computation() -> None:
     network, text = tiny_wan(), prompts()
     student = causal(network)
-    student.plain.autocast = torch.bfloat16
+    student.autocast = torch.bfloat16
     x, sigma_BF = clip(6), levels(student, 6)
     cache = student.commit(x[:, :, :2], sigma_BF[:, 0], text, cache=None, start_frame=0)
     assert {tensor.dtype for chunk in cache.chunks for tensor in (*chunk.keys, *chunk.values)} == {torch.bfloat16}
