@@ -88,7 +88,7 @@ class DMD:
         self.needs_latents = bool(
             settings.rollout.source == "data_latent" or settings.adversary or settings.ground_truth_weight
         )
-        assert weak is not None or self.exact_weak is False, "exact-both needs the critic at a fraction"
+        assert weak is not None or not self.exact_weak, "exact-both needs the critic at a fraction"
         self._shared: dict[tuple[int, ...], Tensor] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
         for rung in range(len(settings.rollout.schedule.ladder)):

@@ -90,6 +90,16 @@ def test_under_guidance_the_linear_form_scales_the_matching_part_alone(fraction:
         assert torch.allclose(unscaled(fraction, 5.0, delta_u), expected, atol=1e-4)
 
 
+def test_the_logged_parts_are_those_of_the_linear_form() -> None:
+    x_t, nobody = draw(3), torch.ones(4)
+    critic = score(Linear(1.0), x_t, SIGMA, PROMPT, NEGATIVE, 0.0)
+    real = leaning(score(Linear(0.0), x_t, SIGMA, PROMPT, NEGATIVE, 5.0), critic, 0.25)
+    matching, guidance = direction_parts(SIGMA, real.conditional, real.velocity, critic.velocity, nobody)
+    s = SIGMA[:, None, None, None, None]
+    assert torch.allclose(matching, -0.75 * s * Linear(0.0).delta, atol=1e-5)
+    assert torch.allclose(guidance, 4.0 * s * Linear(0.0).apart, atol=1e-5)
+
+
 def test_the_exact_form_is_right_only_where_the_critic_learned_the_negative_prompt() -> None:
     """The hazard that the configuration refuses: untrained there, the fraction counts g times, 1 - 5 x 0.25 = -0.25."""
     matching, guidance = -Linear(1.0).delta, 4.0 * Linear(1.0).apart
@@ -144,8 +154,11 @@ def test_the_linear_form_costs_no_forward() -> None:
 def test_the_exact_form_replaces_both_branches_of_the_teacher_at_the_steps_fraction() -> None:
     fading = WeakToStrong(0.5, "exact-both", "linear_to_zero", 6)
     made, teacher, critic, weakened = method(fading)
-    direction_of(made)
+    found = direction_of(made)
     assert not teacher.calls and len(critic.calls) == 1
+    plain = method(WeakToStrong())[0]
+    plain.teacher = Linear(0.7)
+    assert torch.equal(found, direction_of(plain)), "and nothing is mixed in besides"
     assert [call.said[0].item() for call in weakened.calls] == [1.0, 0.0]
     assert made.weak is not None and made.weak.scale == pytest.approx(0.25)
 
