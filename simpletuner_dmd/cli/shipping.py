@@ -67,8 +67,11 @@ class Shipper:
         return ExportInfo(
             run_name=config.tracker_run_name,
             method=config.distillation_method or "",
-            schedule=assembly.schedule,
+            schedule=self._schedule(config.validation_num_inference_steps),
             renoise=assembly.student_sampler.renoise,
+            blocks=assembly.block_sampling,
+            boundary=config.distillation_config.boundary if config.distillation_config else 0.0,
+            vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
             base_hash=assembly.source.fingerprint("transformer", "transformer"),
             model_type=config.model_type,
@@ -90,6 +93,13 @@ class Shipper:
             teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
         )
 
+    def _schedule(self, steps: int) -> Schedule:
+        """As trained. A causal student without a ladder ships with Euler steps: no stock solver works by blocks."""
+        schedule = self.assembly.schedule
+        if schedule.ladder or self.assembly.block_sampling is None:
+            return schedule
+        return Schedule(schedule.shift, euler_sigmas(steps, schedule.shift))
+
     def _trained_sizes(self, data: PreparedData | None) -> tuple[tuple[int, int, int], ...]:
         geometry = self.assembly.geometry
         shapes = data.latent_shapes() if data is not None else []
@@ -109,11 +119,13 @@ class Shipper:
         if isinstance(adapter, LycorisSpec):
             self._export_lycoris(folder, roles, adapter, info, formats)
             return
-        if adapter.dora:
+        if adapter.dora or info.blocks is not None:  # ComfyUI has no DoRA of this kind, and no block-wise sampling
             formats = ("diffusers",)
+        low_noise = roles.tensors("detail") if "detail" in roles.parameters else None
         export_lora(
-            folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats
-        )
+            folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
+            low_noise=low_noise,
+        )  # fmt: skip
 
     def _export_lycoris(
         self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: tuple[str, ...]
@@ -133,7 +145,8 @@ class Shipper:
 
     def reference(self, roles: Roles, text: TextEmbedding, latent_shape: tuple[int, int, int, int]) -> Reference:
         """Samples the student by training's own sampler, in the precision the export will be loaded in."""
-        schedule, renoise = self.assembly.schedule, self.assembly.student_sampler.renoise
+        sampler = self.assembly.student_sampler
+        schedule, renoise = self._schedule(self.config.validation_num_inference_steps), sampler.renoise
         if not schedule.ladder:
             schedule = Schedule(schedule.shift, euler_sigmas(CHECK_STEPS, schedule.shift))
         shape, seed, device = (1, *latent_shape), self.config.validation_seed, self.assembly.device
@@ -141,7 +154,8 @@ class Shipper:
         try:
             with roles.evaluating():
                 text = text.to(device)
-                latents = Sampler(schedule, renoise)(roles.student, text, text, shape, seed, device)
+                student = self.assembly.sampled_student(roles)
+                latents = Sampler(schedule, renoise, blocks=sampler.blocks)(student, text, text, shape, seed, device)
         finally:
             roles.student.autocast = autocast
         return Reference(text, shape, seed, schedule, renoise, latents)

@@ -71,20 +71,19 @@ def experts_sampler_file(info: ExportInfo) -> str:
     )  # fmt: skip
 
 
-def low_expert_files(directory: Path, file_name: str, formats: tuple[str, ...]) -> dict[str, Path]:
-    """Where the low-noise expert's LoRA lies, by dialect, beside the high-noise one's."""
-    places = {
-        "diffusers": directory / "diffusers" / LOW_LORA_FILE,
-        "comfyui": directory / "comfyui" / f"{file_name}-low-noise.safetensors",
+def low_noise_files(info: ExportInfo) -> dict[str, Path]:
+    """Where the low-noise expert's LoRA lies in the export folder, by dialect, beside the high-noise one's."""
+    return {
+        "diffusers": Path("diffusers") / LOW_LORA_FILE,
+        "comfyui": Path("comfyui") / f"{info.file_name}-low-noise.safetensors",
     }
-    return {dialect: places[dialect] for dialect in formats}
 
 
-def split_steps(info: ExportInfo) -> int:
+def high_noise_steps(info: ExportInfo) -> int:
     """How many steps of the ladder the high-noise expert makes."""
     return sum(sigma >= info.boundary for sigma in info.schedule.ladder)
 
 
-def experts_document(info: ExportInfo, files: list[str]) -> dict[str, Any]:
+def experts_document(info: ExportInfo) -> dict[str, Any]:
     """The entry "experts" of distill.json."""
-    return {"boundary": info.boundary, "high_noise_steps": split_steps(info), "low_noise_files": files}
+    return {"boundary": info.boundary, "high_noise_steps": high_noise_steps(info)}

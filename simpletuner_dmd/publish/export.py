@@ -15,6 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from simpletuner_dmd.publish.card import model_card
+from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key, to_diffusers
+from simpletuner_dmd.publish.experts import experts_document, experts_sampler_file, low_noise_files
 from simpletuner_dmd.publish.files import write_atomically, write_folder, write_json, write_text
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice, scheduler_for
 from simpletuner_dmd.publish.snippets import LORA_FILE, load_snippet, sampler_file
-from simpletuner_dmd.publish.workflow import comfyui_workflow
+from simpletuner_dmd.publish.workflow import comfyui_workflow, two_expert_workflow
 
 FORMATS = ("diffusers", "comfyui")
 SMALL_BYTES = 100_000_000
@@ -44,10 +47,12 @@ def export_lora(
     info: ExportInfo,
     formats: Sequence[str] = FORMATS,
     dtype: torch.dtype | None = None,
+    low_noise: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
     """Writes a LoRA (PEFT names without prefix, see `dialects`) into `directory` in the chosen formats.
 
-    dtype: of the stored factors; None takes fp32 for a small LoRA and bf16 for a large one. Returns what was written.
+    dtype: of the stored factors; None takes fp32 for a small LoRA and bf16 for a large one. low_noise: the second LoRA
+    of a two-expert student, of the same rank and alpha. Returns what was written.
     """
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"unknown export format {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
@@ -69,6 +74,8 @@ def export_lora(
         metadata = {"format": "pt", **own_metadata(info, choice, "comfyui"), **foreign_metadata(info, rank, comfyui)}
         written.append(save(directory / "comfyui" / comfyui_file, comfyui, metadata))
         graph = comfyui_workflow(info, comfyui_file, choice.name)
+        if low_noise is not None:
+            graph = two_expert_workflow(graph, info, low_noise_files(info)["comfyui"].name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
         "rank": rank,
@@ -76,6 +83,20 @@ def export_lora(
         "trained_alpha": alpha,
         "files": [str(p.relative_to(directory)) for p in written if p.suffix == ".safetensors"],
     }
+    if low_noise is not None:
+        low = {key: tensor.to(dtype).contiguous()
+               for key, tensor in to_diffusers(low_noise, rank=rank, alpha=alpha).items()}  # fmt: skip
+        for dialect, name in low_noise_files(info).items():
+            if dialect in formats:
+                tensors = low
+                if dialect == "comfyui":
+                    tensors = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): low[key] for key in low}
+                metadata = {
+                    "format": "pt",
+                    **own_metadata(info, choice, dialect),
+                    "simpletuner_dmd.expert": "low noise",
+                }
+                written.append(save(directory / name, tensors, metadata))
     return written + describe(directory, info, choice, dtype_name(dtype), comfyui_file, adapter)
 
 
@@ -98,12 +119,20 @@ def describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights
     """Everything beside the weights. distill.json comes late: where it is, the weights are."""
     written = [write_text(directory / "diffusers" / "scheduler" / "scheduler_config.json",
                           choice.scheduler.to_json_string())]  # fmt: skip
-    if info.schedule.ladder:
-        written.append(write_text(directory / "sampler.py", sampler_file(info)))
+    if (sampler := _sampler_text(info)) is not None:
+        written.append(write_text(directory / "sampler.py", sampler))
     card = model_card(info, choice, weights_dtype=weights_dtype, comfyui_file=comfyui_file)
     written.append(write_text(directory / "README.md", card))
     written.append(write_json(directory / "distill.json", distill_document(info, choice, weights_dtype, adapter)))
     return written
+
+
+def _sampler_text(info: ExportInfo) -> str | None:
+    if not info.schedule.ladder:
+        return None
+    if info.blocks is not None:
+        return causal_sampler_file(info, info.blocks)
+    return experts_sampler_file(info) if info.boundary else sampler_file(info)
 
 
 def distill_document(
@@ -119,6 +148,8 @@ def distill_document(
         "ladder": {"timesteps": list(info.schedule.timesteps), "sigmas": list(info.schedule.ladder)},
         "renoise": info.renoise if info.schedule.ladder else None,
         "sampler": choice.name,
+        "blocks": None if info.blocks is None else asdict(info.blocks),
+        "experts": experts_document(info) if info.boundary else None,
         "shift": info.schedule.shift,
         "guidance": 1.0 if info.schedule.ladder else info.guidance,
         "scheduler": {

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner_dmd.flow import Schedule
+from simpletuner_dmd.validation.sampling import BlockSampling
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class ExportInfo:
     train_steps: int = 0
     weights: str = "raw"
     framerate: float = 16
+    blocks: BlockSampling | None = None  # of a causal student, which makes a clip block by block
     boundary: float = 0.0  # sigma from which upwards the high-noise expert of a two-expert student works; 0: one expert
     vae_scale: tuple[int, int] = (8, 4)  # pixels per latent in space, frames per latent in time
     licence: str = "apache-2.0"

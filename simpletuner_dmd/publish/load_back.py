@@ -69,7 +69,13 @@ def check_export(
         _compare_dialects(export_dir, document)
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
         with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
-            latents = _sample(pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length)
+            if document["blocks"] is not None:
+                latents = _sample_blocks(pipeline, export_dir, prompt_embeds, shape, seed)
+            else:
+                switch = _load_sampler(export_dir / "sampler.py").switch_expert if document["experts"] else None
+                latents = _sample(
+                    pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length, switch
+                )
     except _Unfit as unfit:
         return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
     if latents.shape != reference_latents.shape:
@@ -112,21 +118,39 @@ class _Unfit(Exception):  # noqa: N818 - a verdict on the export, not an error o
     """The export cannot be used; the text says why."""
 
 
+@contextmanager
+def _seeded(pipeline: Any, seed: int) -> Iterator[None]:
+    """As a user seeds: `torch.manual_seed`, and everything draws from the global generator."""
+    device = pipeline._execution_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _sample_blocks(pipeline: Any, export_dir: Path, prompt_embeds: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """A causal student by its own sampler.py."""
+    device = pipeline._execution_device
+    with _seeded(pipeline, seed):
+        noise = torch.randn(tuple(shape), device=device)
+        blocks = _load_sampler(export_dir / "sampler.py").blocks_of
+        return torch.cat(list(blocks(pipeline.transformer, noise, prompt_embeds.to(device))), dim=2)
+
+
 def _sample(
-    pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int
-) -> Tensor:
+    pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int,
+    switch_expert: Any = None,
+) -> Tensor:  # fmt: skip
     """A user's call: `torch.manual_seed`, then the pipeline draws all noise itself. Returns normalised latents."""
     _, _, frames, height, width = shape
     spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
     device = pipeline._execution_device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with _seeded(pipeline, seed):
         # With output_type "latent" the pipeline returns the latents it denoised, before it un-normalises them.
         return pipeline(
             prompt_embeds=prompt_embeds.to(device), height=height * spatial, width=width * spatial,
             num_frames=(frames - 1) * temporal + 1, num_inference_steps=steps, guidance_scale=1.0,
             max_sequence_length=max_sequence_length, output_type="latent", return_dict=False,
+            callback_on_step_end=switch_expert,
         )[0]  # fmt: skip
 
 
@@ -147,6 +171,10 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
         with _lycoris(pipeline.transformer, file):
             yield
         return
+    if document["experts"]:
+        with _experts(pipeline, export_dir):
+            yield
+        return
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="load_back")
     except (ValueError, KeyError, RuntimeError) as error:
@@ -155,6 +183,19 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
         # Keys that diffusers does not know are only a log line; then no adapter is active.
         if "load_back" not in pipeline.get_active_adapters():
             raise _Unfit(f"diffusers found no adapter in {file.name}")
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _experts(pipeline: Any, export_dir: Path) -> Iterator[None]:
+    """Both LoRAs of a two-expert student, loaded by the function that its sampler.py gives users."""
+    try:
+        _load_sampler(export_dir / "sampler.py").load_experts(pipeline, str(export_dir / "diffusers"))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _Unfit(f"diffusers refuses an expert: {error}") from error
+    try:
         yield
     finally:
         pipeline.unload_lora_weights()

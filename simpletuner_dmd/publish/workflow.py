@@ -60,6 +60,23 @@ def _many_step_nodes(info: ExportInfo) -> dict[str, Node]:
     }
 
 
+def two_expert_workflow(graph: dict[str, Node], info: ExportInfo, low_noise_file: str) -> dict[str, Node]:
+    """The graph of the high-noise expert, extended: after its steps those of the low-noise one, without new noise."""
+    first = sum(sigma >= info.boundary for sigma in info.schedule.ladder)
+    return {
+        **graph,
+        "20": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=low_noise_file, strength_model=1.0),
+        "21": _node("SplitSigmas", sigmas=["9", 0], step=first),
+        "22": _node("BasicGuider", model=["20", 0], conditioning=["4", 0]),
+        "23": _node("DisableNoise"),
+        "11": _node("SamplerCustomAdvanced", noise=["7", 0], guider=["10", 0], sampler=["8", 0], sigmas=["21", 0],
+                    latent_image=["6", 0]),
+        "24": _node("SamplerCustomAdvanced", noise=["23", 0], guider=["22", 0], sampler=["8", 0], sigmas=["21", 1],
+                    latent_image=["11", 0]),
+        "12": _node("VAEDecode", samples=["24", 0], vae=["5", 0]),
+    }  # fmt: skip
+
+
 def base_file(info: ExportInfo) -> str:
     """The name that ComfyUI's own Wan guide gives the base, or a placeholder for a base it does not know."""
     size = info.base_size

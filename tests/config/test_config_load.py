@@ -267,9 +267,10 @@ def test_unreadable_files(home: Path) -> None:
         ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
             {"distillation_method": "self_forcing", "distillation_config": {"w_min": 1}},
-            "distillation_method",
-            "not available yet",
+            "distillation_config.w_min",
+            "no",
         ),
+        ({"distillation_method": "perflow"}, "distillation_method", "must be one of: dmd"),
         ({"distillation_config": {"renoise": "ode"}}, "distillation_config", "distillation_method is not"),
         ({"max_train_steps": 10, "num_train_epochs": 1}, "num_train_epochs", "strict_epoch_limit"),
         ({"model_type": "full", "mixed_precision": "fp16"}, "mixed_precision", "bf16"),
