@@ -23,7 +23,9 @@ HUB_IDS: dict[str, str] = {
     "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
-DistillationMethod = Literal["dmd", "lcm", "pcm", "dcm"]
+DistillationMethod = Literal[
+    "dmd", "rcm", "lcm", "pcm", "dcm", "self_forcing", "diffusion_forcing", "ode_init"
+]  # fmt: skip
 
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
 SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
@@ -58,8 +60,9 @@ class ModelOptions(Options):
     )
     distillation_method: DistillationMethod | None = Field(
         None,
-        description="How the base becomes a few-step student; `dmd`: distribution matching; `lcm`, `pcm`, `dcm`: "
-        "consistency along the teacher's trajectory, in one piece, in phases, with two experts. "
+        description="How the base becomes a few-step student. `dmd`: distribution matching. `rcm`: the same beside "
+        "continuous-time consistency, from videos. "
+        "`lcm`, `pcm`, `dcm`: consistency along the teacher's trajectory, in one piece, in phases, with two experts. "
         "Unset: ordinary supervised fine-tuning on your videos.",
     )
     pretrained_model_name_or_path: str = Field(

@@ -93,6 +93,11 @@ class DistillationOptions(Options):
         return False
 
     @property
+    def blockwise(self) -> bool:
+        """The student is causal: it makes a clip block by block."""
+        return False
+
+    @property
     def boundary(self) -> float:
         """The sigma from which on, upwards, the high-noise expert of a two-expert student works."""
         return 0.0
@@ -154,10 +159,8 @@ class DistillationOptions(Options):
         return found
 
 
-def steps_list(value: Any) -> list[float] | None:
-    """Timesteps as people write them; None stays None."""
-    if value is None:
-        return None
+def ladder_steps(value: Any) -> list[float]:
+    """A written ladder as numbers."""
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -167,7 +170,7 @@ def steps_list(value: Any) -> list[float] | None:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
