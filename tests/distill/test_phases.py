@@ -163,7 +163,7 @@ def test_the_loss_is_a_weighted_mean_over_samples(weighting: str) -> None:
             "inverse_sigma": 1 / float(jumps.start_B[sample] - jumps.end_B[sample]),
             "inverse_interval": 1 / float(jumps.start_B[sample] - jumps.partner_B[sample]),
         }[weighting]
-        distance = float((pair.prediction[sample] - pair.target[sample]).pow(2).mean())
+        distance = (pair.prediction[sample] - pair.target[sample]).pow(2).mean().item()
         expected += weight * (distance + sample) / 16
     found = Consistency(gaussian_teacher(), settings, CPU).loss(pair, extra_B)
     assert found.item() == pytest.approx(expected, rel=1e-5)
