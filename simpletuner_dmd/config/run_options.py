@@ -24,7 +24,7 @@ HUB_IDS: dict[str, str] = {
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
 DistillationMethod = Literal[
-    "dmd", "rcm", "lcm", "pcm", "dcm", "self_forcing", "diffusion_forcing", "ode_init"
+    "dmd", "lcm", "pcm", "dcm", "rcm", "self_forcing", "diffusion_forcing", "ode_init"
 ]  # fmt: skip
 
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
@@ -60,9 +60,10 @@ class ModelOptions(Options):
     )
     distillation_method: DistillationMethod | None = Field(
         None,
-        description="How the base becomes a few-step student. `dmd`: distribution matching. `rcm`: the same beside "
-        "continuous-time consistency, from videos. "
-        "`lcm`, `pcm`, `dcm`: consistency along the teacher's trajectory, in one piece, in phases, with two experts. "
+        description="How the base becomes a few-step student. `dmd`: distribution matching. `lcm`, `pcm`, `dcm`: "
+        "consistency along the teacher's trajectory, in one piece, in phases, with two experts. `rcm`: matching beside "
+        "continuous-time consistency. `self_forcing`: matching for a student that works block by block, which "
+        "`ode_init` and `diffusion_forcing` warm up. "
         "Unset: ordinary supervised fine-tuning on your videos.",
     )
     pretrained_model_name_or_path: str = Field(

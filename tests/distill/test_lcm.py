@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.config import TrainConfig
-from simpletuner_dmd.config.methods import LcmConfig
+from simpletuner_dmd.config.methods.lcm import LcmConfig
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.lcm import LCM

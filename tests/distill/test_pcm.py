@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.config import TrainConfig
-from simpletuner_dmd.config.methods import PcmConfig
+from simpletuner_dmd.config.methods.pcm import PcmConfig
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.feature_adversary import (

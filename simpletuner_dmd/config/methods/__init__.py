@@ -6,27 +6,19 @@ from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dcm import DcmConfig
 from simpletuner_dmd.config.methods.dmd import DmdConfig
 from simpletuner_dmd.config.methods.lcm import LcmConfig
+from simpletuner_dmd.config.methods.matching import MatchingOptions
 from simpletuner_dmd.config.methods.pcm import PcmConfig
 from simpletuner_dmd.config.methods.rcm import RcmConfig
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
+    "lcm": LcmConfig,
+    "pcm": PcmConfig,
+    "dcm": DcmConfig,
     "self_forcing": SelfForcingConfig,
     "diffusion_forcing": DiffusionForcingConfig,
     "ode_init": OdeInitConfig,
     "rcm": RcmConfig,
-    "lcm": LcmConfig,
-    "pcm": PcmConfig,
-    "dcm": DcmConfig,
 }
 
-__all__ = [
-    "METHODS",
-    "CriticOptions",
-    "DcmConfig",
-    "DistillationOptions",
-    "DmdConfig",
-    "LcmConfig",
-    "PcmConfig",
-    "RcmConfig",
-]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "MatchingOptions"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, ladder_steps, warp
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, warp
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config.schema import TrainConfig
@@ -144,8 +144,3 @@ def unwarp(timestep: float, shift: float) -> float:
     """The u of a timestep: the inverse of `warp`."""
     sigma = timestep / TIMESTEPS
     return sigma / (shift - (shift - 1) * sigma)
-
-
-def optional_ladder_steps(value: Any) -> list[float] | None:
-    """A written ladder as numbers; None stays None."""
-    return None if value is None else ladder_steps(value)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, ladder_mistake, warp
-from simpletuner_dmd.config.methods.consistency import AdversaryOptions, optional_ladder_steps, phase_problem, unwarp
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, ladder_mistake, steps_list, warp
+from simpletuner_dmd.config.methods.consistency import AdversaryOptions, phase_problem, unwarp
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config.schema import TrainConfig
@@ -69,7 +69,7 @@ class DcmConfig(AdversaryOptions):
         description="Number of student steps, split evenly between the experts (an odd one goes to the semantic) and "
         "evenly spaced within each one's part.",
     )  # fmt: skip
-    denoising_steps: Annotated[tuple[float, ...] | None, BeforeValidator(optional_ladder_steps)] = Field(
+    denoising_steps: Annotated[tuple[float, ...] | None, BeforeValidator(steps_list)] = Field(
         None,
         description="The student's steps instead, as timesteps on the shifted scale, used literally. The "
         'split should be one of them: "1000,992,982,975.41,937,838".',

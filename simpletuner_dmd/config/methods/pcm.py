@@ -7,14 +7,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE, ladder_mistake, uniform_timesteps
-from simpletuner_dmd.config.methods.consistency import (
-    AdversaryOptions,
-    TargetOptions,
-    optional_ladder_steps,
-    phase_problem,
-    unwarp,
-)
+from simpletuner_dmd.config.methods.base import WHERE, ladder_mistake, steps_list, uniform_timesteps
+from simpletuner_dmd.config.methods.consistency import AdversaryOptions, TargetOptions, phase_problem, unwarp
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config.schema import TrainConfig
@@ -30,7 +24,7 @@ class PcmConfig(AdversaryOptions, TargetOptions):
         description="Phases of the trajectory, evenly spaced and warped by `flow_schedule_shift`; the student takes "
         "one step in each.",
     )  # fmt: skip
-    phase_edges: Annotated[tuple[float, ...] | None, BeforeValidator(optional_ladder_steps)] = Field(
+    phase_edges: Annotated[tuple[float, ...] | None, BeforeValidator(steps_list)] = Field(
         None,
         description="The phases' noisy edges instead, as timesteps on the shifted scale, for example "
         '"1000,900,750,500". They are the student\'s steps.',
