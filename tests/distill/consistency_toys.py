@@ -168,8 +168,8 @@ class FeatureTeacher:
         return self.inner.velocity(x_t_BCFHW, sigma, text)
 
     def features(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, blocks: Sequence[int]) -> list[Tensor]:
-        grad = torch.is_grad_enabled() and x_t_BCFHW.requires_grad
-        self.calls.append(FeatureCall(x_t_BCFHW.detach(), sigma, tuple(blocks), grad, number_said(text)))
+        asked = FeatureCall(x_t_BCFHW.detach(), sigma, tuple(blocks), torch.is_grad_enabled(), number_said(text))
+        self.calls.append(asked)
         tokens = x_t_BCFHW.flatten(2).transpose(1, 2)
         found = []
         for block in blocks:

@@ -120,7 +120,6 @@ def test_temporal_coherence() -> None:
 def test_short_videos_go_without(frames: int) -> None:
     x = torch.randn(2, 1, frames, 2, 2, generator=torch.Generator().manual_seed(0), requires_grad=True)
     assert temporal_coherence(x, torch.zeros_like(x), 3).tolist() == [0, 0]
-    assert float(temporal_coherence(torch.cat([x, x], 2), torch.zeros(2, 1, 2 * frames, 2, 2), 1).min()) >= 0
 
 
 def test_coherence_is_part_of_the_semantic_loss_alone() -> None:

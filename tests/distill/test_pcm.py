@@ -137,6 +137,8 @@ def test_student_and_heads_look_at_the_same_place_through_the_teacher() -> None:
     """Four looks of a step: one level within the phase, one noise; fake and real apart; only one with a graph."""
     method, teacher, student, _ = make_method(guidance=3.0)
     student_loss, heads_loss = both_turns(method)
+    (kept,) = method._shared.values()
+    assert not kept.prediction.requires_grad, "the student's graph must not live on until the heads' turn"
     fake, real, fake_again, real_again = teacher.calls
     assert [call.with_grad for call in teacher.calls] == [True, False, False, False]
     assert all(call.blocks == (0, 2) for call in teacher.calls)

@@ -149,6 +149,26 @@ def test_weights() -> None:
     assert loss_weight(jumps, "inverse_interval").tolist() == pytest.approx([4, 4, 2])
 
 
+@pytest.mark.parametrize("weighting", ["none", "inverse_sigma", "inverse_interval"])
+def test_the_loss_is_a_weighted_mean_over_samples(weighting: str) -> None:
+    """Of the distance and of what is added to it, both weighted alike."""
+    grid = phase_grid(10, 5.0, [0.8])
+    settings = ConsistencySettings(grid, loss_type="l2", loss_weighting=weighting)
+    _, _, _, pair, _ = spied(settings)
+    extra_B = torch.arange(16.0)
+    jumps, expected = pair.jumps, 0.0
+    for sample in range(16):
+        weight = {
+            "none": 1.0,
+            "inverse_sigma": 1 / float(jumps.start_B[sample] - jumps.end_B[sample]),
+            "inverse_interval": 1 / float(jumps.start_B[sample] - jumps.partner_B[sample]),
+        }[weighting]
+        distance = (pair.prediction[sample] - pair.target[sample]).pow(2).mean().item()
+        expected += weight * (distance + sample) / 16
+    found = Consistency(gaussian_teacher(), settings, CPU).loss(pair, extra_B)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 GRIDS = {"lcm": phase_grid(50, 5.0), "pcm": phase_grid(50, 5.0, [0.625, 0.8333, 0.9375]),
