@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from simpletuner_dmd.config import DatasetEntry, DmdConfig, TrainConfig, VideoOptions
+from simpletuner_dmd.config import DatasetEntry, DmdConfig, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
 from simpletuner_dmd.config.distillation import BLOCK_KEYS
 
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
 # One value is allowed in this version: checking it is the whole effect.
-ONE_VALUE = {"model_family", "lora_type", "type", "metadata_backend"}
+ONE_VALUE = {"model_family", "lora_type"}
 # They rule block-wise students, which do not exist yet; writing them is answered at start.
 ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
@@ -48,7 +48,9 @@ def attributes_read(paths: Iterable[Path]) -> set[str]:
 CONFIG = PACKAGE / "config"
 READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
 OPTIONS = [
-    (model, name) for model in (TrainConfig, DmdConfig, DatasetEntry, VideoOptions) for name in model.model_fields
+    (model, name)
+    for model in (TrainConfig, DmdConfig, DatasetEntry, TableOptions, VideoOptions)
+    for name in model.model_fields
 ]
 
 

@@ -174,12 +174,14 @@ def test_prompt_files(tmp_path: Path, config: TrainConfig) -> None:
     (folder / "a.txt").write_text("one\n\n  two  \n")
     (folder / "b.jsonl").write_text('{"caption": "three"}\n{"prompt": "four\u2028five"}\n{"text": 1}\n{oops\n')
     (folder / "c.csv").write_text("x")
+    (folder / "d.md").write_text("x")
     result = scan(prompts_entry(folder), config)
     assert [sample.captions[0] for sample in result.usable] == ["one", "two", "three", "four\u2028five"]
     assert [item.reason.split(" at ")[0] for item in result.rejected] == [
-        'line 3 has no "caption" or "prompt" text',
         "line 4 is not JSON: Expecting property name enclosed in double quotes",
-        "not a prompt file: .txt and .jsonl are read",
+        'line 3 has no "caption" or "prompt" or "text" text',
+        "it holds no prompt",
+        "not a prompt file: .txt, .jsonl, .json, .csv, .tsv, .parquet are read",
     ]
     assert result.buckets == {"64x32x9": 4}
 

@@ -1,0 +1,118 @@
+"""The files of any dataset, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpletuner_dmd.config.databackend import DatasetEntry
+from simpletuner_dmd.data.findings import CANNOT_READ, Rejected, UnusableFile
+from simpletuner_dmd.data.settings import DatasetSettings
+from simpletuner_dmd.data.sources import bucket, hub
+from simpletuner_dmd.data.sources.download import fetch, in_parallel, is_url
+from simpletuner_dmd.data.sources.folder import list_files
+from simpletuner_dmd.data.sources.items import Item, Listing, chosen
+from simpletuner_dmd.data.sources.table import TABLE_NAMES, CaptionTable, Row, find_table, read_table
+
+CAPTION_FILES = (".txt",)
+
+
+def list_samples(
+    entry: DatasetEntry, settings: DatasetSettings, skip: Sequence[Path]
+) -> tuple[Listing, CaptionTable | None]:
+    """Every file of a dataset of videos or pictures, and the table its captions are in, if there is one.
+
+    skip: folders below the dataset's that hold something else. Remote files are fetched. Raises UserError.
+    """
+    if entry.type == "csv":
+        return _from_rows(entry, settings), None
+    if entry.type == "huggingface":
+        shards = hub.find_shards(entry)
+        if shards:
+            return hub.list_media(entry, shards, settings.downloads), None
+        hub.copy_repository(entry, settings.downloads)
+        return _from_folder(entry, settings, settings.downloads, skip, sidecar_table(settings.downloads))
+    failed: list[Rejected] = []
+    folder = settings.folder
+    if entry.type == "aws":
+        folder = settings.downloads
+        failed = bucket.mirror(entry, folder)
+    kind = entry.table_kind
+    table_path = find_table(kind, entry.table, folder, entry.id) if kind else None
+    listing, table = _from_folder(entry, settings, folder, skip, table_path)
+    listing.rejected[:0] = failed
+    return listing, table
+
+
+def sidecar_table(folder: Path) -> Path | None:
+    """The table that a folder on the Hub has under its usual name."""
+    names = [name for names in TABLE_NAMES.values() for name in names]
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _from_folder(
+    entry: DatasetEntry, settings: DatasetSettings, folder: Path, skip: Sequence[Path], table_path: Path | None
+) -> tuple[Listing, CaptionTable | None]:
+    listing = Listing()
+    captions: CaptionTable | None = None
+    if table_path is not None:
+        from_table = entry.caption_strategy not in ("filename", "instanceprompt")
+        needs = ("file", "caption") if from_table else ("file",)
+        table = read_table(table_path, entry.table, entry.id, needs=needs)
+        listing.rejected += table.rejected
+        captions = CaptionTable(table, with_extension=entry.table.identifier_includes_extension)
+    if entry.metadata_backend != "discovery":
+        assert captions is not None and table_path is not None, "a metadata backend is a table"
+        listing.items, missing = _named_files(table.rows, folder, table_path)
+        listing.rejected += missing
+    else:
+        paths, failed = list_files(folder, skip)
+        listing.rejected += failed
+        ours = {table_path.resolve()} if table_path else set()
+        listing.items = [
+            Item(path.relative_to(folder).as_posix() if path != folder else path.name, path)
+            for path in paths
+            if path.suffix.lower() not in CAPTION_FILES and path.resolve() not in ours
+        ]
+    listing.items = chosen(listing.items, settings.max_num_samples, settings.id)
+    uses_table = entry.caption_strategy in ("csv", "parquet", "jsonl") or entry.type == "huggingface"
+    return listing, captions if uses_table or (captions and captions.has_captions) else None
+
+
+def _named_files(rows: Sequence[Row], folder: Path, table: Path) -> tuple[list[Item], list[Rejected]]:
+    items, missing = [], []
+    for row in rows:
+        path = folder / row.file
+        if path.is_file():
+            items.append(Item(row.file, path, row.captions))
+        else:
+            reason = f"row {row.number} of {table.name} names it, and it is not there"
+            missing.append(Rejected(path, reason, kind=CANNOT_READ))
+    return items, missing
+
+
+def _from_rows(entry: DatasetEntry, settings: DatasetSettings) -> Listing:
+    """A csv dataset: each row is a URL, which is fetched, or a path, from the table's folder if it is relative."""
+    path = find_table("csv", entry.table, settings.folder, entry.id)
+    table = read_table(path, entry.table, entry.id, needs=("file",))
+    rows = chosen(table.rows, settings.max_num_samples, settings.id)
+    base = settings.folder if entry.instance_data_dir else path.parent
+
+    def one(row: Row) -> Item:
+        if row.file.startswith("s3://"):
+            return Item(row.file, bucket.fetch_object(entry, row.file, settings.downloads), row.captions)
+        if is_url(row.file):
+            return Item(row.file, fetch(row.file, settings.downloads), row.captions)
+        local = base / row.file
+        if not local.is_file():
+            reason = f"row {row.number} of {path.name} names it, and it is not there"
+            raise UnusableFile(local, reason, damaged=False, kind=CANNOT_READ)
+        return Item(row.file, local, row.captions)
+
+    listing = Listing(rejected=list(table.rejected))
+    for outcome in in_parallel(one, rows):
+        if isinstance(outcome, UnusableFile):
+            listing.rejected.append(Rejected.of(outcome))
+        else:
+            listing.items.append(outcome)
+    return listing
