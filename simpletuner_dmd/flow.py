@@ -81,6 +81,23 @@ class Denoiser(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Experts:
+    """Two networks as one Denoiser: `high` at sigma >= boundary, `low` below. One call takes one noise level."""
+
+    high: Denoiser
+    low: Denoiser
+    boundary: float
+
+    def at(self, sigma: float) -> Denoiser:
+        return self.high if sigma >= self.boundary else self.low
+
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
+        first = float(sigma.flatten()[0])
+        assert bool((sigma == first).all()), "a sampler walks all samples together"
+        return self.at(first).velocity(x_t_BCFHW, sigma, text)
+
+
 # --- conversions (algorithms 0.2) ----------------------------------------------------------------------------------
 
 

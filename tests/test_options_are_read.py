@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from simpletuner_dmd.config import DatasetEntry, DmdConfig, TableOptions, TrainConfig, VideoOptions
+from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
-from simpletuner_dmd.config.distillation import BLOCK_KEYS
+from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
 
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
@@ -20,9 +20,9 @@ ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
 READ_IN_CONFIG = {
     "strict_epoch_limit": "rules.py",
-    "student_steps": "distillation.py",
-    "dmd_denoising_steps": "distillation.py",
-    "warp_denoising_steps": "distillation.py",
+    "student_steps": "methods/base.py",
+    "dmd_denoising_steps": "methods/base.py",
+    "warp_denoising_steps": "methods/base.py",
     "data_backend_config": "load.py",
     "validation_prompt": "prompts.py",
     "validation_prompt_library": "prompts.py",
@@ -49,7 +49,7 @@ CONFIG = PACKAGE / "config"
 READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
 OPTIONS = [
     (model, name)
-    for model in (TrainConfig, DmdConfig, DatasetEntry, TableOptions, VideoOptions)
+    for model in (TrainConfig, *METHODS.values(), DatasetEntry, TableOptions, VideoOptions)
     for name in model.model_fields
 ]
 

@@ -15,13 +15,12 @@ from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
-from simpletuner_dmd.distill.dmd import DMD, DMDSettings
-from simpletuner_dmd.distill.rollout import RolloutSettings
-from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
-from simpletuner_dmd.flow import TIMESTEPS, Schedule, TextEmbedding
+from simpletuner_dmd.distill import builder
+from simpletuner_dmd.distill.method import Ingredients, Method
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import Sampler
-from simpletuner_dmd.wan.adapters import AdapterSpec
+from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
@@ -91,25 +90,38 @@ class Assembly:
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
-        """Teacher, student and (in distillation) critic, and lines worth printing."""
+        """Teacher, student and what else the method moves, and lines worth printing."""
         config = self.config
-        lora = config.model_type == "lora"
-        distilling = config.distillation_method is not None
-        full_critic = distilling and config.dmd.fake_score_type == "full"
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
+        adapters = self.adapters()
+        owned = [role for role in self._moving_networks() if role not in adapters]
         roles = build_roles(
             base,
-            student_adapter=self.student_adapter if lora else None,
-            critic_adapter=self.critic_adapter if distilling and not full_critic else None,
-            full_student=None if lora else self._full_network(),
-            full_critic=self._full_network() if full_critic else None,
-            with_critic=distilling,
+            adapters=adapters,
+            full={role: self._full_network() for role in owned},
             gradient_checkpointing=config.gradient_checkpointing,
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
         return roles, [notice] if notice else []
+
+    def _moving_networks(self) -> list[str]:
+        return ["student", *(["critic"] if self.config.critic else [])]
+
+    def adapters(self) -> dict[str, AdapterSpec]:
+        """The roles that are LoRAs on the shared base."""
+        config, found = self.config, {}
+        if config.model_type == "lora":
+            found["student"] = self.student_adapter
+        if config.critic is not None and config.critic.fake_score_type == "lora":
+            critic, student = config.critic, self.student_adapter
+            found["critic"] = AdapterSpec(
+                critic.fake_score_lora_rank, critic.fake_score_lora_alpha, student.init, 0.0, student.targets
+            )
+        if config.distillation_config is not None and config.distillation_config.has_detail_expert:
+            found["detail"] = self.detail_adapter
+        return found
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
@@ -129,9 +141,12 @@ class Assembly:
         )
 
     @property
-    def critic_adapter(self) -> AdapterSpec:
-        student, dmd = self.student_adapter, self.config.dmd
-        return AdapterSpec(dmd.fake_score_lora_rank, dmd.fake_score_lora_alpha, student.init, 0.0, student.targets)
+    def detail_adapter(self) -> AdapterSpec:
+        """The low-noise expert: a LoRA on the conditioning layers and the head as well, which alone fit each expert to
+        its noise levels in the parameter-efficient form of the dual-expert paper (arXiv 2506.03123)."""
+        student = self.student_adapter
+        targets = (*(student.targets or DEFAULT_TARGETS), *CONDITIONING_TARGETS)
+        return AdapterSpec(student.rank, student.alpha, student.init, 0.0, targets)
 
     # --- noise levels and samplers ----------------------------------------------------------------------------------
 
@@ -147,7 +162,14 @@ class Assembly:
         config = self.config
         if not self.schedule.ladder:
             return Sampler(self.schedule, "ode", config.validation_num_inference_steps, config.validation_guidance)
-        return Sampler(self.schedule, config.dmd.renoise, guidance=1.0)
+        return Sampler(self.schedule, config.distillation.transition, guidance=1.0)
+
+    def sampled_student(self, roles: Roles) -> Denoiser:
+        """The student as it is sampled: both experts, where there are two."""
+        settings = self.config.distillation_config
+        if settings is None or not settings.has_detail_expert:
+            return roles.student
+        return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
 
     @property
     def teacher_sampler(self) -> Sampler:
@@ -159,14 +181,23 @@ class Assembly:
 
     # --- the method -------------------------------------------------------------------------------------------------
 
-    def method(self, roles: Roles) -> DMD | Supervised:
+    def method(self, roles: Roles, target: Denoiser | None = None) -> Method:
+        """The algorithm of the run. target: the student under its running average."""
         config = self.config
-        if config.distillation_method is None:
-            settings = SupervisedSettings(config.flow_schedule_shift, config.caption_dropout_probability)
-            return Supervised(roles.student, settings, self.device)
-        assert roles.critic is not None, "DMD has a critic"
+        build = builder(config.distillation_method)
+        parts = Ingredients(
+            teacher=roles.teacher,
+            student=roles.student,
+            schedule=self.schedule,
+            options=config.distillation_config or config,
+            device=self.device,
+            caption_dropout_probability=config.caption_dropout_probability,
+            critic=roles.critic,
+            target=target,
+            detail=roles.denoisers.get("detail"),
+        )
         try:
-            return DMD(roles.teacher, roles.student, roles.critic, self._dmd_settings(), self.device)
+            return build(parts)
         except ValueError as error:  # a noise window that is empty for one of the ladder's rungs
             raise UserError(
                 str(error),
@@ -175,35 +206,18 @@ class Assembly:
                 fix="widen min_timestep_ratio … max_timestep_ratio, or set ts_schedule to false",
             ) from error
 
-    def _dmd_settings(self) -> DMDSettings:
-        config, dmd = self.config, self.config.dmd
-        return DMDSettings(
-            rollout=RolloutSettings(self.schedule, dmd.renoise, dmd.rollout, dmd.last_step_only),
-            generator_update_interval=dmd.generator_update_interval,
-            critic_warmup_steps=dmd.critic_warmup_steps,
-            real_score_guidance_scale=dmd.real_score_guidance_scale,
-            fake_score_guidance_scale=dmd.fake_score_guidance_scale,
-            min_timestep_ratio=dmd.min_timestep_ratio,
-            max_timestep_ratio=dmd.max_timestep_ratio,
-            timestep_shift=dmd.timestep_shift,
-            min_score_timestep=dmd.min_score_timestep,
-            ts_schedule=dmd.ts_schedule,
-            ts_schedule_max=dmd.ts_schedule_max,
-            critic_noise_repeats=dmd.critic_noise_repeats,
-            caption_dropout_probability=config.caption_dropout_probability,
-        )
-
     # --- data -------------------------------------------------------------------------------------------------------
 
     @property
     def negative_prompt(self) -> str:
         config = self.config
-        return config.validation_negative_prompt if config.distillation_method is None else config.dmd.negative_prompt
+        settings = config.distillation_config
+        return config.validation_negative_prompt if settings is None else settings.negative_prompt
 
     @property
     def needs_latents(self) -> bool:
         config = self.config
-        return config.distillation_method is None or config.dmd.rollout == "data_latent"
+        return config.distillation_config is None or config.distillation_config.needs_latents
 
     def embed(self, prompts: list[str]) -> dict[str, TextEmbedding]:
         """Prompts outside any dataset, padded as the transformer takes them; not cached."""
@@ -229,7 +243,7 @@ class Assembly:
             needs_latents=self.needs_latents,
             negative_prompt=self.negative_prompt,
             extra_prompts=extra_prompts,
-            max_latent_frames=None if config.distillation_method is None else config.dmd.num_training_frames,
+            max_latent_frames=None if config.distillation_config is None else config.distillation.num_training_frames,
             progress=progress,
         )
         self.text_encoder.unload()

@@ -20,13 +20,14 @@ from accelerate.utils import InitProcessGroupKwargs
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
-from simpletuner_dmd.cli.moving import role_optimizers, student_average
+from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
+from simpletuner_dmd.training.ema import AveragedDenoiser
 from simpletuner_dmd.training.progress import peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
@@ -115,7 +116,8 @@ class TrainingRun:
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
-        method = self.assembly.method(roles)
+        average = student_average(config, roles)
+        method = self.assembly.method(roles, None if average is None else AveragedDenoiser(roles.student, average))
         steps = self._total_steps(data)
         checkpoint = self._checkpoint()
         tracking = self._tracking(checkpoint)
@@ -126,7 +128,8 @@ class TrainingRun:
             data,
             self.accelerator,
             tracking,
-            ema=student_average(config, roles),
+            ema=average,
+            averaged=STUDENT_ROLES,
             meta={"config": loaded.options(), "version": __version__},
         )
         if checkpoint is not None:
@@ -134,6 +137,7 @@ class TrainingRun:
             self.say(f"Resuming from {checkpoint} (step {trainer.step} of {steps})")
         if self.main:  # not before: what cannot go on must leave the settings of the run that is there
             write_resolved(loaded, self.output_dir)
+            data.save_plan(self.output_dir)
         for line in [*lines, *self._self_test(roles, data, fresh=checkpoint is None), *data.notices]:
             self.say(line)
         self.say(data.report())
@@ -282,7 +286,11 @@ class TrainingRun:
                 renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
 
     def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
-        sampler, student, ema = self.assembly.student_sampler, parts.roles.student, parts.trainer.ema
+        sampler, student, ema = (
+            self.assembly.student_sampler,
+            self.assembly.sampled_student(parts.roles),
+            parts.trainer.ema,
+        )
         wanted = self.config.ema_validation if ema is not None else "none"
         with parts.roles.evaluating():
             if wanted in ("none", "comparison"):
@@ -297,7 +305,7 @@ class TrainingRun:
         parts.webhook.send(f"checkpoint at step {step}", event="checkpoint", step=step)
         if self.config.push_checkpoints_to_hub:
             folder = self.output_dir / "export-checkpoints" / f"checkpoint-{step:06d}"
-            updates = parts.trainer.optimizers["student"].updates
+            updates = parts.trainer.student_updates
             with parts.best_student() as averaged:
                 parts.shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
             parts.shipper.upload(folder, path_in_repo=folder.name)
@@ -305,7 +313,7 @@ class TrainingRun:
     def _finish(self, parts: Parts) -> None:
         """Exports what would be used, loads it back, publishes, sums up."""
         folder, shipper, tracking, step = self.output_dir / "export", parts.shipper, parts.tracking, parts.trainer.step
-        updates = parts.trainer.optimizers["student"].updates
+        updates = parts.trainer.student_updates
         with parts.best_student() as averaged:
             shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
             reference = shipper.reference(parts.roles, *check_text(parts.data))

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     )
     with student_of(assembly, state, raw=args.raw) as (roles, averaged), roles.evaluating():
         kind = "student-ema" if averaged else "student"
-        paths = renderer.render(roles.student, assembly.student_sampler, kind, state.step)
+        paths = renderer.render(assembly.sampled_student(roles), assembly.student_sampler, kind, state.step)
         if args.teacher:
             paths += renderer.render(roles.teacher, assembly.teacher_sampler, "teacher", state.step)
     for path in paths:

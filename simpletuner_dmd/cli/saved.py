@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.moving import STUDENT_ROLES, student_parameters
 from simpletuner_dmd.config import DatasetEntry, LoadedConfig, TrainConfig, UserError
 from simpletuner_dmd.training.checkpoint import CheckpointState, find_latest, load_checkpoint, resolve_checkpoint
 from simpletuner_dmd.training.durable import write_atomically
@@ -85,14 +86,13 @@ def open_checkpoint(folder: Path, which: str) -> CheckpointState:
 def student_of(assembly: Assembly, state: CheckpointState, *, raw: bool) -> Iterator[tuple[Roles, bool]]:
     """(roles with the checkpoint's student in place, whether it is the average)."""
     roles, _ = assembly.roles()
-    roles.load_tensors(
-        "student", {name: tensor.to(assembly.device) for name, tensor in state.tensors["student"].items()}
-    )
+    for role in (role for role in STUDENT_ROLES if role in roles.parameters):
+        roles.load_tensors(role, {name: tensor.to(assembly.device) for name, tensor in state.tensors[role].items()})
     if raw or state.ema is None:
         yield roles, False
         return
     config = assembly.config
-    ema = Ema(roles.parameters["student"], config.ema_decay, config.ema_update_interval, config.ema_start_step)
+    ema = Ema(student_parameters(roles), config.ema_decay, config.ema_update_interval, config.ema_start_step)
     ema.load_state_dict(state.ema)
     with ema.swap(), torch.no_grad():
         yield roles, True

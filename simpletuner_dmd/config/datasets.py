@@ -311,11 +311,11 @@ def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) ->
             Problem(file, "dataset_type", "fine-tuning needs videos, and every dataset here is prompts",
                     'add a "video" dataset, or set "distillation_method": "dmd"')
         ]  # fmt: skip
-    if config.dmd.rollout == "data_latent":
-        return [
-            Problem(file, "dataset_type", 'rollout "data_latent" starts from videos, and every dataset here is prompts',
-                    'add a "video" dataset, or set "rollout": "simulate"')
-        ]  # fmt: skip
+    if config.distillation.needs_latents:
+        who, fix = str(config.distillation_method), 'add a "video" dataset'
+        if getattr(config.distillation, "rollout", None) == "data_latent":
+            who, fix = 'rollout "data_latent"', fix + ', or set "rollout": "simulate"'
+        return [Problem(file, "dataset_type", f"{who} learns from videos, and every dataset here is prompts", fix)]
     return []
 
 
@@ -323,8 +323,8 @@ def size_notices(config: TrainConfig, entries: list[DatasetEntry]) -> list[str]:
     """Where validation renders what training never sees."""
     found = []
     trained_frames = sorted({entry.video.num_frames for entry in entries if entry.dataset_type != "image"})
-    if config.dmd_frames_cap is not None:
-        trained_frames = sorted({min(frames, config.dmd_frames_cap) for frames in trained_frames})
+    if config.frames_cap is not None:
+        trained_frames = sorted({min(frames, config.frames_cap) for frames in trained_frames})
     if not config.validation_disable and trained_frames and config.validation_num_video_frames not in trained_frames:
         found.append(
             f"validation renders {config.validation_num_video_frames} frames, training sees "

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from simpletuner_dmd.config.coerce import FALSE_WORDS, TRUE_WORDS, is_boolean
-from simpletuner_dmd.config.distillation import DmdConfig
 from simpletuner_dmd.config.errors import Problem, UserError
+from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.read import is_file, parse_json, read_json
 from simpletuner_dmd.config.schema import TrainConfig
 
@@ -267,5 +267,7 @@ def _is_boolean_option(key: str) -> str:
 def option_field(key: str) -> Any:
     """The pydantic field of a dotted key, or None if there is no such option."""
     if key.startswith(NESTED + "."):
-        return DmdConfig.model_fields.get(key.removeprefix(NESTED + "."))
+        # Which method is meant is not known yet; a key that several methods have means the same in each.
+        inner = key.removeprefix(NESTED + ".")
+        return next((method.model_fields[inner] for method in METHODS.values() if inner in method.model_fields), None)
     return TrainConfig.model_fields.get(key)

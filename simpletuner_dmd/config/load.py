@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from simpletuner_dmd.config.coerce import means_none
 from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.datasets import Datasets, complete, needs_videos, read_entries, size_notices
-from simpletuner_dmd.config.distillation import DmdConfig
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.layers import (
     ALIASES,
@@ -28,13 +27,14 @@ from simpletuner_dmd.config.layers import (
     option_field,
     take_selectors,
 )
+from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
 from simpletuner_dmd.config.read import exists, is_file, read_json
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
-from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DMD_ABSENT_KEYS
+from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, METHOD_ABSENT_KEYS
 
 DEFAULT = "default"
 DATA_FILE = "multidatabackend.json"
@@ -220,13 +220,13 @@ def _sort_out_unknown(
     method = values.get("distillation_method")
     for key in list(values):
         nested = key.startswith(NESTED + ".")
-        if nested and method not in (None, "dmd"):
+        if nested and method is not None and method not in METHODS:
             # The method itself is the problem to report; its settings cannot be judged.
             del values[key]
-        elif option_field(key) is None:
+        elif option_field(key) is None or (nested and method is not None and not _belongs(key, method)):
             inner = key.removeprefix(NESTED + ".")
-            known = DmdConfig.model_fields if nested else {**TrainConfig.model_fields, **ALIASES}
-            absent = DMD_ABSENT_KEYS if nested else ABSENT_KEYS
+            known = METHODS[method or "dmd"].model_fields if nested else {**TrainConfig.model_fields, **ALIASES}
+            absent = METHOD_ABSENT_KEYS if nested else ABSENT_KEYS
             prefix = NESTED + "." if nested else ""
             problem, notice = unknown_key(origins[key], inner, values.pop(key), known, absent, prefix)
             if problem and origins[key].startswith("environment") and problem.message == "is not a known option" \
@@ -241,6 +241,10 @@ def _sort_out_unknown(
     if values.get("lr_scheduler") == "constant" and values.get("lr_warmup_steps") not in (None, 0, "0"):
         values["lr_scheduler"] = "constant_with_warmup"
         notices.append("lr_scheduler constant with lr_warmup_steps is read as constant_with_warmup.")
+
+
+def _belongs(key: str, method: str) -> bool:
+    return key.removeprefix(NESTED + ".") in METHODS[method].model_fields
 
 
 def _build(values: dict[str, Any], origins: dict[str, str], name: str, problems: list[Problem]) -> TrainConfig:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
 
 from simpletuner_dmd.config.coerce import allowed_words
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.methods import METHODS, DistillationOptions
 from simpletuner_dmd.config.simpletuner_keys import LATER_VALUES, NOT_YET, Absent
 
 _KINDS = {
@@ -75,16 +76,27 @@ def _field_path(location: tuple[str | int, ...], model: type[BaseModel]) -> tupl
     field_info = None
     inside: type[BaseModel] | None = model
     for part in location:
-        if inside is None or part not in inside.model_fields:
+        if inside is None or part not in (fields := _fields(inside)):
             break
-        field_info = inside.model_fields[str(part)]
+        field_info = fields[str(part)]
         path += (part,)
-        inside = next(
-            (kind for kind in (field_info.annotation, *getattr(field_info.annotation, "__args__", ()))
-             if isinstance(kind, type) and issubclass(kind, BaseModel)),
-            None,
-        )  # fmt: skip
+        inside = next((kind for kind in _kinds(field_info.annotation) if issubclass(kind, BaseModel)), None)
     return path or location, field_info
+
+
+def _kinds(annotation: Any) -> Iterator[type]:
+    """The classes in an annotation, however it is wrapped."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
+
+
+def _fields(model: type[BaseModel]) -> dict[str, Any]:
+    """The options of a group; of `distillation_config`, whose group depends on the method, those of all methods."""
+    if model is not DistillationOptions:
+        return dict(model.model_fields)
+    return {name: field for method in METHODS.values() for name, field in method.model_fields.items()}
 
 
 def _message(detail: ErrorDetails, path: tuple[str | int, ...], annotation: Any) -> str:

@@ -6,7 +6,6 @@ from simpletuner_dmd.config.errors import Problem
 from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
 
-SMALL_BATCH = 16
 QUANTISED_4_BIT = ("int4-quanto",)
 
 
@@ -23,7 +22,7 @@ def cross_problems(config: TrainConfig) -> list[Problem]:
             Problem("", "lr_end", f"found {config.lr_end:g}, which is above learning_rate {config.learning_rate:g}",
                     "lower lr_end, or leave it out")
         )  # fmt: skip
-    return problems + (_dmd_problems(config) if config.distillation_config is not None else [])
+    return problems + (config.distillation.problems(config) if config.distillation_config is not None else [])
 
 
 def _length_problems(config: TrainConfig) -> list[Problem]:
@@ -58,56 +57,6 @@ def _size_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def _dmd_problems(config: TrainConfig) -> list[Problem]:
-    dmd, problems = config.dmd, []
-    where = "distillation_config."
-    given = dmd.model_fields_set
-    try:
-        config.student_timesteps()
-    except ValueError as error:
-        key = "student_steps" if dmd.student_steps is not None else "dmd_denoising_steps"
-        problems.append(
-            Problem("", where + key, str(error), 'write the steps from noise to clean, for example "1000,757,522"')
-        )
-    if dmd.student_steps is not None and given & {"dmd_denoising_steps", "warp_denoising_steps"}:
-        problems.append(
-            Problem("", where + "student_steps", "student_steps and dmd_denoising_steps both describe the ladder",
-                    "remove one of them")
-        )  # fmt: skip
-    if dmd.fake_score_type == "full" and config.base_model_precision != "no_change":
-        problems.append(
-            Problem("", where + "fake_score_type",
-                    f"a full critic cannot stand beside a base in {config.base_model_precision}: "
-                    "its score would differ from the teacher's by the quantisation error",
-                    'set "fake_score_type": "lora", or "base_model_precision": "no_change"')
-        )  # fmt: skip
-    if not dmd.min_timestep_ratio < dmd.max_timestep_ratio:
-        problems.append(
-            Problem("", where + "min_timestep_ratio",
-                    f"found {dmd.min_timestep_ratio:g}, not below max_timestep_ratio {dmd.max_timestep_ratio:g}",
-                    "the defaults are 0.02 and 0.98")
-        )  # fmt: skip
-    elif not dmd.ts_schedule and dmd.min_score_timestep / 1000 >= dmd.max_timestep_ratio:
-        problems.append(
-            Problem("", where + "min_score_timestep",
-                    f"found {dmd.min_score_timestep:g}, not below max_timestep_ratio {dmd.max_timestep_ratio:g} x 1000"
-                    ": no noise level is left",
-                    "lower it, for example to 0")
-        )  # fmt: skip
-    if config.lora_dropout:
-        problems.append(
-            Problem("", "lora_dropout", f"found {config.lora_dropout:g}: dropout would make student and teacher differ "
-                    "for reasons the critic cannot see", 'set "lora_dropout": 0')
-        )  # fmt: skip
-    if config.max_train_steps and dmd.critic_warmup_steps >= config.max_train_steps:
-        problems.append(
-            Problem("", where + "critic_warmup_steps",
-                    f"found {dmd.critic_warmup_steps}, but the run has {config.max_train_steps} steps: "
-                    "the student would never be updated", "set it below max_train_steps")
-        )  # fmt: skip
-    return problems
-
-
 def combination_notices(config: TrainConfig) -> list[str]:
     """What works, but not as a person might think. One sentence each."""
     found: list[str] = []
@@ -129,46 +78,5 @@ def combination_notices(config: TrainConfig) -> list[str]:
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
     if config.distillation_config is not None:
-        found += _dmd_notices(config)
-    return found
-
-
-def _dmd_notices(config: TrainConfig) -> list[str]:
-    dmd, found = config.dmd, []
-    if dmd.given_block_keys:
-        found.append(
-            f"{', '.join(dmd.given_block_keys)}: no effect here. They rule block-wise (causal) students; "
-            "this student makes the whole clip at once, with one exit step."
-        )
-    if config.caption_dropout_probability:
-        found.append(
-            f"caption_dropout_probability {config.caption_dropout_probability:g} acts on the critic's turn only: "
-            "the student's turn never drops a caption."
-        )
-    try:
-        steps = len(config.student_timesteps())
-    except ValueError:
-        steps = config.validation_num_inference_steps  # reported as a problem already
-    if config.validation_num_inference_steps != steps:
-        found.append(
-            f"validation_num_inference_steps {config.validation_num_inference_steps}: the student is rendered with the "
-            f"{steps} steps of its own ladder instead."
-        )
-    if config.validation_guidance not in (0.0, 1.0):
-        found.append(
-            f"validation_guidance {config.validation_guidance:g} doubles the student's cost and saturates: the "
-            f"teacher's guidance {dmd.real_score_guidance_scale:g} is built into a distilled student; 1 is usual."
-        )
-    if config.global_batch_size < SMALL_BATCH:
-        found.append(
-            f"{config.global_batch_size} samples per step is little for DMD, which is steadier with 16 to 64: raise "
-            "train_batch_size or gradient_accumulation_steps."
-        )
-    if dmd.ts_schedule and dmd.min_score_timestep:
-        found.append("min_score_timestep has no effect: ts_schedule sets the lower end of the noise levels.")
-    if dmd.fake_score_type == "lora" and config.model_type == "lora" and dmd.fake_score_lora_rank < config.lora_rank:
-        found.append(
-            f"the critic's rank {dmd.fake_score_lora_rank} is below the student's {config.lora_rank}: "
-            "the critic may not be able to follow the student."
-        )
+        found += config.distillation.notices(config)
     return found

@@ -23,6 +23,8 @@ HUB_IDS: dict[str, str] = {
     "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
+DistillationMethod = Literal["dmd"]
+
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
 SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
 """Widths and heights are multiples of this many pixels: what the VAE and the patches reduce to one token."""
@@ -54,9 +56,9 @@ class ModelOptions(Options):
         description="`lora` trains small adapters on a frozen base that teacher, student and critic share; "
         "`full` trains a copy of every weight.",
     )
-    distillation_method: Literal["dmd"] | None = Field(
+    distillation_method: DistillationMethod | None = Field(
         None,
-        description="`dmd` distils the base into a few-step student by distribution matching. "
+        description="How the base becomes a few-step student; `dmd`: distribution matching. "
         "Unset: ordinary supervised fine-tuning on your videos.",
     )
     pretrained_model_name_or_path: str = Field(

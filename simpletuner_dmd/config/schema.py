@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from simpletuner_dmd.config.distillation import DmdConfig
+from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
 from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
 from simpletuner_dmd.config.training_options import (
     EmaOptions,
@@ -16,6 +16,8 @@ from simpletuner_dmd.config.training_options import (
     OptimizerOptions,
     PrecisionOptions,
 )
+
+TEACHER_STEPS = 40
 
 
 def frames_4n1(frames: int) -> int:
@@ -38,7 +40,7 @@ class TrainConfig(
 ):
     """Every option of a run. `TrainConfig()` is valid: a LoRA fine-tune of Wan 2.1 1.3B."""
 
-    distillation_config: DmdConfig | None = Field(
+    distillation_config: SerializeAsAny[DistillationOptions] | None = Field(
         None,
         validate_default=True,
         description="The settings of `distillation_method`; also a path to a JSON file of them.",
@@ -59,27 +61,21 @@ class TrainConfig(
     @field_validator("distillation_config", mode="before")
     @classmethod
     def _follow_the_student(cls, value: Any, info: ValidationInfo) -> Any:
-        """Fills what the critic takes over from the student and from the validation options."""
-        if info.data.get("distillation_method") is None:
+        """The settings of the chosen method, with what follows from the student and from the validation options."""
+        method = info.data.get("distillation_method")
+        if method is None:
             if value:
                 raise ValueError("is given, but distillation_method is not")
             return None
-        if isinstance(value, DmdConfig):
+        if isinstance(value, DistillationOptions):
             value = value.model_dump(exclude_unset=True)
         if value is None:
             value = {}
         if not isinstance(value, dict):
             return value
         given = {key: item for key, item in value.items() if item is not None}
-        outside = info.data
-        if outside.get("model_type") == "full" and outside.get("base_model_precision") == "no_change":
-            given.setdefault("fake_score_type", "full")
-        if "lora_rank" in outside:
-            given.setdefault("fake_score_lora_rank", outside["lora_rank"])
-        given.setdefault("fake_score_lora_alpha", given.get("fake_score_lora_rank", 16))
-        if outside.get("validation_negative_prompt"):
-            given.setdefault("negative_prompt", outside["validation_negative_prompt"])
-        return given
+        options = METHODS[method]
+        return options.model_validate(options.complete(given, info.data))
 
     @model_validator(mode="after")
     def _whole_latent_frames(self) -> TrainConfig:
@@ -87,21 +83,26 @@ class TrainConfig(
         return self
 
     @property
-    def dmd(self) -> DmdConfig:
-        """The distillation settings, where there is a distillation."""
-        assert self.distillation_config is not None, "asked for DMD settings in a run without distillation"
+    def distillation(self) -> DistillationOptions:
+        """The settings of the distillation method, where there is one."""
+        assert self.distillation_config is not None, "asked for distillation settings in a run without distillation"
         return self.distillation_config
 
+    @property
+    def critic(self) -> CriticOptions | None:
+        """The settings of the critic, in a method that has one."""
+        return self.distillation_config if isinstance(self.distillation_config, CriticOptions) else None
+
     def student_timesteps(self) -> tuple[float, ...]:
-        """The student's ladder on the shifted scale, 1000 = pure noise; empty without distillation."""
+        """The student's ladder on the shifted scale, 1000 = pure noise; empty where it samples as the teacher does."""
         if self.distillation_config is None:
             return ()
         return self.distillation_config.timesteps(self.flow_schedule_shift or 1.0)
 
     @property
-    def dmd_frames_cap(self) -> int | None:
+    def frames_cap(self) -> int | None:
         """The most video frames that a rollout has; None without distillation."""
-        return None if self.distillation_config is None else 4 * (self.dmd.num_training_frames - 1) + 1
+        return None if self.distillation_config is None else 4 * (self.distillation.num_training_frames - 1) + 1
 
     @property
     def global_batch_size(self) -> int:
@@ -111,13 +112,16 @@ class TrainConfig(
 
 def _teacher_guidance(data: dict[str, Any]) -> float:
     settings = data.get("distillation_config")
-    if isinstance(settings, DmdConfig):
+    if isinstance(settings, DistillationOptions):
         return settings.real_score_guidance_scale
     return float(data.get("validation_guidance", 5.0))
 
 
 def _validation_steps(data: dict[str, Any]) -> int:
     settings = data.get("distillation_config")
-    if isinstance(settings, DmdConfig):
-        return settings.student_steps or len(settings.dmd_denoising_steps)
-    return 40
+    if isinstance(settings, DistillationOptions):
+        try:
+            return len(settings.timesteps(data.get("flow_schedule_shift") or 1.0)) or TEACHER_STEPS
+        except ValueError:
+            pass  # a ladder that cannot be walked is reported as such
+    return TEACHER_STEPS

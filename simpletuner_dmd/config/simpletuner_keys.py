@@ -120,7 +120,7 @@ ABSENT_KEYS: dict[str, Absent] = {
             "lora_initialisation_style", LOGGING),
 }  # fmt: skip
 
-DMD_ABSENT_KEYS: dict[str, Absent] = {
+METHOD_ABSENT_KEYS: dict[str, Absent] = {
     **_each("gan_weight weak_lora_scale ground_truth_weight", LATER),
     **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
     "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),

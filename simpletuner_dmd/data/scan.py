@@ -118,10 +118,36 @@ def scan_all(
 def scan(
     entry: DatasetEntry, config: TrainConfig, *, geometry: LatentGeometry = WAN, quarantine: bool = False
 ) -> DatasetScan:
-    """Lists a dataset (see DatasetScan); changes nothing on disk unless `quarantine`.
+    """As `look`, for training: raises UserError also when there is no usable sample.
 
     quarantine: move files that cannot be decoded into a `rejected` folder beside them, each with its reason; nothing
-    is deleted. Raises UserError when the folder is missing, empty, or has no usable sample.
+    is deleted.
+    """
+    result = look(entry, config, geometry=geometry)
+    if quarantine:
+        for item in result.rejected:
+            if item.damaged and item.path.is_file():
+                quarantine_file(item.path, item.reason)
+    if not result.usable:
+        kind = result.settings.kind
+        wanted = f"{kind}s, each with a caption file of the same name ending in .txt"
+        if kind == "prompts":
+            wanted = "prompts, one per line of a .txt file or as caption in a .jsonl or .csv file"
+        found = "is empty" if not result.rejected else "has no usable sample"
+        names = "".join(f"\n  {item.path}: {item.reason}" for item in result.rejected)
+        raise UserError(
+            f"{result.settings.folder} {found}{names}",
+            file=str(config.data_backend_config or "multidatabackend.json"),
+            key=f"{result.settings.id}.instance_data_dir",
+            fix=f"put {wanted}, there",
+        )
+    return result
+
+
+def look(entry: DatasetEntry, config: TrainConfig, *, geometry: LatentGeometry = WAN) -> DatasetScan:
+    """Lists a dataset (see DatasetScan). Changes nothing on disk, but for the copies of files from elsewhere.
+
+    Raises UserError when the dataset cannot be reached, or its table cannot be read.
     """
     settings = resolve(entry, config, geometry)
     source = str(config.data_backend_config or "multidatabackend.json")
@@ -135,20 +161,10 @@ def scan(
     try:
         if settings.kind == "prompts":
             result = _scan_prompts(entry, settings)
-            wanted = "prompts, one per line of a .txt file or as caption in a .jsonl or .csv file"
         else:
             result = _scan_clips(entry, settings, config, geometry)
-            wanted = f"{settings.kind}s, each with a caption file of the same name ending in .txt"
     except UserError as error:
         raise UserError([Problem(p.file or source, p.key, p.message, p.fix) for p in error.problems]) from error
-    if quarantine:
-        for item in result.rejected:
-            if item.damaged:
-                quarantine_file(item.path, item.reason)
-    if not result.usable:
-        found = "is empty" if not result.rejected else "has no usable sample"
-        names = "".join(f"\n  {item.path}: {item.reason}" for item in result.rejected)
-        raise UserError(f"{settings.folder} {found}{names}", file=source, key=key, fix=f"put {wanted}, there")
     if settings.asked_frames != settings.num_frames:
         result.notices.append(
             f"num_frames {settings.asked_frames} is rounded down to {settings.num_frames} "
@@ -179,7 +195,7 @@ def _scan_clips(
     skip = [cache for cache in caches if cache.resolve() != settings.folder.resolve()]
     listing, table = list_samples(entry, settings, skip)
 
-    def look(item: Item) -> VideoSample | Rejected:
+    def judge(item: Item) -> VideoSample | Rejected:
         try:
             return _look_at(item, settings, geometry, table)
         except UnusableFile as error:
@@ -187,7 +203,7 @@ def _scan_clips(
 
     # libav releases the interpreter lock, so a few threads hide the disk.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        findings = list(pool.map(look, listing.items))
+        findings = list(pool.map(judge, listing.items))
     usable = [finding for finding in findings if isinstance(finding, VideoSample)]
     rejected = [finding for finding in findings if isinstance(finding, Rejected)]
     notices = [*listing.notices, *_clip_notices(usable)]

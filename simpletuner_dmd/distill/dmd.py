@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.losses import matching_direction, matching_loss, velocity_loss
-from simpletuner_dmd.distill.method import NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
 from simpletuner_dmd.distill.rollout import Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.flow import Batch, Denoiser, SigmaWindow, add_noise, guided_velocity
@@ -136,3 +136,25 @@ class DMD:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert not state, f"unexpected method state {sorted(state)}"
+
+
+def build(parts: Ingredients) -> DMD:
+    """The method from `distillation_config`. Raises ValueError where a noise window is empty for one of the rungs."""
+    options = parts.options
+    assert parts.critic is not None, "DMD has a critic"
+    settings = DMDSettings(
+        rollout=RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only),
+        generator_update_interval=options.generator_update_interval,
+        critic_warmup_steps=options.critic_warmup_steps,
+        real_score_guidance_scale=options.real_score_guidance_scale,
+        fake_score_guidance_scale=options.fake_score_guidance_scale,
+        min_timestep_ratio=options.min_timestep_ratio,
+        max_timestep_ratio=options.max_timestep_ratio,
+        timestep_shift=options.timestep_shift,
+        min_score_timestep=options.min_score_timestep,
+        ts_schedule=options.ts_schedule,
+        ts_schedule_max=options.ts_schedule_max,
+        critic_noise_repeats=options.critic_noise_repeats,
+        caption_dropout_probability=parts.caption_dropout_probability,
+    )
+    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device)

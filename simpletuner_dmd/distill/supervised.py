@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.losses import velocity_loss
-from simpletuner_dmd.distill.method import NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.flow import Batch, Denoiser, add_noise, shifted
 from simpletuner_dmd.randomness import RandomStream
@@ -62,3 +62,9 @@ class Supervised:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         assert not state, f"unexpected method state {sorted(state)}"
+
+
+def build(parts: Ingredients) -> Supervised:
+    """The method from the noise options of the configuration."""
+    settings = SupervisedSettings(parts.options.flow_schedule_shift, parts.caption_dropout_probability)
+    return Supervised(parts.student, settings, parts.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.flow import Denoiser, TextEmbedding
 
 
 class Ema:
@@ -105,3 +106,16 @@ class Ema:
         for name, shadow in self.shadow.items():
             shadow.copy_(saved[name])
         self.updates = int(state["updates"])
+
+
+class AveragedDenoiser:
+    """The student under its running average: the target of a consistency loss. Only ever without a graph, because the
+    weights are put back before anybody could walk one."""
+
+    def __init__(self, student: Denoiser, average: Ema) -> None:
+        self.student, self.average = student, average
+
+    @torch.no_grad()
+    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: object = None) -> Tensor:
+        with self.average.swap():
+            return self.student.velocity(x_t_BCFHW, sigma, text)

@@ -10,7 +10,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,6 +132,7 @@ class Trainer:
         tracking: Tracking,
         *,
         ema: Ema | None = None,
+        averaged: Sequence[str] = ("student",),
         meta: dict[str, Any] | None = None,
         validate: Callable[[int], None] | None = None,
         checkpointed: Callable[[Path, int], None] | None = None,
@@ -139,8 +140,14 @@ class Trainer:
         self.settings, self.method, self.optimizers, self.batches = settings, method, optimizers, batches
         self.accelerator, self.tracking, self.ema, self.meta = accelerator, tracking, ema, meta or {}
         self.validate, self.checkpointed = validate, checkpointed
+        self.averaged = averaged
         self.step = 0
         self.interrupted = False
+
+    @property
+    def student_updates(self) -> int:
+        """Updates of what is averaged and exported: of both experts where the student is two."""
+        return sum(self.optimizers[role].updates for role in self.averaged if role in self.optimizers)
 
     # --- resume -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +168,7 @@ class Trainer:
         elif self.ema is not None:
             # Averaging was switched on after this checkpoint. The average was made before the weights were loaded, so
             # it holds an untrained student, and a run that is already at its end would export that.
-            self.ema.restart(self.optimizers["student"].updates)
+            self.ema.restart(self.student_updates)
         self.method.load_state_dict(state.method)
         self.step = state.step
 
@@ -233,7 +240,8 @@ class Trainer:
                 stream = RandomStream(settings.seed, step, batch.positions)
                 for loss in turn.losses(batch, stream):
                     (loss.value / settings.accumulation).backward(inputs=role.tensors)
-                    values[loss.name] += float(loss.value.detach()) / settings.accumulation
+                    shown = float(loss.value.detach()) if loss.reported is None else loss.reported
+                    values[loss.name] += shown / settings.accumulation
                     for name, value in loss.metrics.items():
                         values[name] += value / settings.accumulation
             values[f"{turn.role}_lr"] = role.lr
@@ -244,8 +252,8 @@ class Trainer:
                     f"step {step}: the {turn.role}'s gradient is not finite ({dict(values)}); the last checkpoint is "
                     "intact. Lower the learning rate or the guidance scale and resume."
                 ) from error
-            if turn.role == "student" and self.ema is not None:
-                self.ema.update(role.updates)
+            if turn.role in self.averaged and self.ema is not None:
+                self.ema.update(self.student_updates)
         self.method.end_step()
         averaged = self._over_ranks(values) | norms
         averaged["step_seconds"] = time.perf_counter() - began

@@ -58,7 +58,14 @@ class Sampler:
     ) -> Tensor:  # fmt: skip
         """Normalised latents [B, C, F, H, W], fp32; shape is that of the result."""
         first, fresh = reference_noise(seed, shape, device)
+        return self.sample(denoiser, first, fresh, text.expand(shape[0]), negative)
+
+    @torch.no_grad()
+    def sample(
+        self, denoiser: Denoiser, first: Tensor, fresh: NoiseSource, text: TextEmbedding, negative: TextEmbedding
+    ) -> Tensor:
+        """As a call, with the noise given: `first` [B, C, F, H, W], and `fresh` where the ladder re-noises."""
         if self.schedule.ladder:
-            return sample_few_step(denoiser, first, text.expand(shape[0]), self.schedule, self.renoise, fresh)
+            return sample_few_step(denoiser, first, text, self.schedule, self.renoise, fresh)
         sigmas = euler_sigmas(self.steps, self.schedule.shift)
-        return sample_euler(denoiser, first, text.expand(shape[0]), negative, sigmas, self.guidance)
+        return sample_euler(denoiser, first, text, negative, sigmas, self.guidance)

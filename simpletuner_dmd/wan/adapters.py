@@ -25,6 +25,12 @@ from simpletuner_dmd.randomness import derive_seed
 # Attention and feed-forward projections; embedders, modulation and the head stay as they are.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
+CONDITIONING_TARGETS = (
+    "condition_embedder.time_embedder.linear_1", "condition_embedder.time_embedder.linear_2",
+    "condition_embedder.time_proj", "condition_embedder.text_embedder.linear_1",
+    "condition_embedder.text_embedder.linear_2", "proj_out",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class AdapterSpec:

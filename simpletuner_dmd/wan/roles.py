@@ -49,21 +49,36 @@ class WanDenoiser:
 
 @dataclass
 class Roles:
-    """The three Denoisers and the parameters that move.
+    """The Denoisers and the parameters that move.
 
-    parameters: role -> [(name, parameter)] in a fixed order; LoRA names carry no adapter name.
+    denoisers: moving role -> its Denoiser: "student", and what the method adds ("critic", "detail").
+    parameters: moving role -> [(name, parameter)] in a fixed order; LoRA names carry no adapter name. A role may have
+    parameters and no Denoiser (a discriminator's head).
     adapters: role -> its AdapterSpec where the role is a LoRA.
     """
 
     teacher: WanDenoiser
-    student: WanDenoiser
-    critic: WanDenoiser | None
+    denoisers: dict[str, WanDenoiser]
     parameters: dict[str, list[tuple[str, nn.Parameter]]]
     adapters: dict[str, AdapterSpec]
 
+    @property
+    def student(self) -> WanDenoiser:
+        return self.denoisers["student"]
+
+    @property
+    def critic(self) -> WanDenoiser | None:
+        return self.denoisers.get("critic")
+
+    def add_head(self, role: str, head: nn.Module, prefix: str = "") -> None:
+        """Lets the parameters of `head` move with `role`, under `prefix` and their own names."""
+        self.parameters.setdefault(role, []).extend(
+            (prefix + name, parameter) for name, parameter in head.named_parameters()
+        )
+
     def transformers(self) -> list[nn.Module]:
         """Each network once."""
-        networks = [self.teacher, self.student, *([self.critic] if self.critic else [])]
+        networks = [self.teacher, *self.denoisers.values()]
         return list({id(role.transformer): role.transformer for role in networks}.values())
 
     def tensors(self, role: str) -> dict[str, Tensor]:
@@ -96,42 +111,37 @@ class Roles:
 def build_roles(
     base: nn.Module,
     *,
-    student_adapter: AdapterSpec | None,
-    critic_adapter: AdapterSpec | None,
-    full_student: nn.Module | None = None,
-    full_critic: nn.Module | None = None,
-    with_critic: bool = True,
+    adapters: dict[str, AdapterSpec],
+    full: dict[str, nn.Module] | None = None,
     gradient_checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     seed: int = 0,
 ) -> Roles:
-    """Puts the roles on `base` (frozen here) and on the full networks given.
+    """Puts the roles on `base` (frozen here) and on the networks given.
 
-    A role is a LoRA on the base where its adapter spec is given, else the full network of its name. `autocast` is the
-    compute dtype of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
+    adapters: the roles that are LoRAs on the base. full: the roles that own a network. `autocast` is the compute dtype
+    of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
     """
-    specs = {}
-    if student_adapter is not None:
-        specs["student"] = student_adapter
-    if with_critic and critic_adapter is not None:
-        specs["critic"] = critic_adapter
-    switch = AdapterSwitch(base, specs, seed)
+    full = full or {}
+    assert "student" in adapters.keys() | full.keys(), "every run has a student"
+    assert not adapters.keys() & full.keys(), "a role is an adapter or a network of its own"
+    switch = AdapterSwitch(base, adapters, seed)
     BlockRunner(base, switch, gradient_checkpointing)
     base.train()
-    parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in specs}
-
-    def role(name: str, network: nn.Module | None) -> WanDenoiser:
-        if name in specs:
-            return WanDenoiser(base, switch, name)
-        assert network is not None, f"the {name} is neither an adapter nor a network of its own"
+    denoisers = {name: WanDenoiser(base, switch, name) for name in adapters}
+    parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in adapters}
+    for name, network in full.items():
         network.requires_grad_(True).train()
         BlockRunner(network, None, gradient_checkpointing)
         parameters[name] = list(network.named_parameters())
-        return WanDenoiser(network, None, None, autocast)
-
-    student = role("student", full_student)
-    critic = role("critic", full_critic) if with_critic else None
-    return Roles(WanDenoiser(base, switch, None), student, critic, parameters, specs)
+        denoisers[name] = WanDenoiser(network, None, None, autocast)
+    order = sorted(denoisers, key=lambda name: name != "student")  # the student first, whoever owns a network
+    return Roles(
+        WanDenoiser(base, switch, None),
+        {name: denoisers[name] for name in order},
+        {name: parameters[name] for name in order},
+        dict(adapters),
+    )
 
 
 class SelfTestError(RuntimeError):
@@ -149,7 +159,7 @@ def self_test(
     """
     lines = []
     sigma_B = torch.full((len(x_t_BCFHW),), 0.7, device=x_t_BCFHW.device)
-    moving = {"student": roles.student, **({"critic": roles.critic} if roles.critic else {})}
+    moving = roles.denoisers
     if fresh:
         with torch.no_grad():
             expected = roles.teacher.velocity(x_t_BCFHW, sigma_B, text)
@@ -170,6 +180,7 @@ def self_test(
         if not loss.requires_grad:
             raise SelfTestError(f"a {name} update misses all of its parameters: they are frozen")
         loss.backward()
+        # A head on the role's features moves with it, but no velocity reaches it.
         own_ids = {id(parameter) for _, parameter in roles.parameters[name]}
         for parameter_name, parameter in everything:
             gradient, parameter.grad = parameter.grad, None

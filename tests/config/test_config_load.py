@@ -67,8 +67,8 @@ def test_every_spelling_of_the_command_line(home: Path) -> None:
     config = loaded(home, DMD, argv).config
     assert (config.lora_rank, config.seed, config.lora_alpha, config.train_batch_size) == (6, 5, 2.5, 2)
     assert (config.use_ema, config.push_to_hub, config.gradient_checkpointing) == (True, True, False)
-    assert config.dmd.fake_score_lr == 4e-7
-    assert config.dmd.fake_score_betas == (0.0, 0.99)
+    assert config.distillation.fake_score_lr == 4e-7
+    assert config.distillation.fake_score_betas == (0.0, 0.99)
 
 
 def test_quoted_values_and_dashes_are_read_as_what_they_mean(home: Path) -> None:
@@ -135,7 +135,7 @@ def test_settings_of_the_method_can_come_from_a_file_or_under_its_name(home: Pat
     assert len(loaded(home, {**DMD, "distillation_config": "extra.json"}).config.student_timesteps()) == 4
     nested = {**DMD, "distillation_config": {"dmd": {"renoise": "ode", "fake_score_lr": 1e-3}}}
     run = loaded(home, nested, ["distillation_config.fake_score_lr=2e-3"])
-    assert (run.config.dmd.renoise, run.config.dmd.fake_score_lr) == ("ode", 2e-3)
+    assert (run.config.distillation.renoise, run.config.distillation.fake_score_lr) == ("ode", 2e-3)
     assert "no file" in problems(home, {**DMD, "distillation_config": "absent.json"})["distillation_config"]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from simpletuner_dmd.config import DatasetEntry, DmdConfig, TrainConfig, VideoOptions, frames_4n1
+from simpletuner_dmd.config import METHODS, DatasetEntry, DmdConfig, TrainConfig, VideoOptions, frames_4n1
 from simpletuner_dmd.config.rules import combination_notices
-from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DATASET_ABSENT_KEYS, DMD_ABSENT_KEYS
+from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DATASET_ABSENT_KEYS, METHOD_ABSENT_KEYS
 from simpletuner_dmd.flow import uniform_ladder
 
 
@@ -25,14 +25,17 @@ def test_defaults_follow_the_kind_of_run() -> None:
 
 
 def test_the_critic_follows_the_student() -> None:
-    assert dmd().dmd.fake_score_type == "lora"
-    assert dmd(model_type="full").dmd.fake_score_type == "full"
-    assert dmd(model_type="full", base_model_precision="int8-quanto").dmd.fake_score_type == "lora"
-    assert dmd(lora_rank=128).dmd.fake_score_lora_rank == 128
-    assert dmd(lora_rank=128, distillation_config={"fake_score_lora_rank": 64}).dmd.fake_score_lora_alpha == 64
-    assert dmd(validation_negative_prompt="blurry").dmd.negative_prompt == "blurry"
-    assert dmd(validation_negative_prompt="x", distillation_config={"negative_prompt": "y"}).dmd.negative_prompt == "y"
-    assert dmd(distillation_config=DmdConfig(renoise="ode"), lora_rank=4).dmd.fake_score_lora_rank == 4
+    assert dmd().distillation.fake_score_type == "lora"
+    assert dmd(model_type="full").distillation.fake_score_type == "full"
+    assert dmd(model_type="full", base_model_precision="int8-quanto").distillation.fake_score_type == "lora"
+    assert dmd(lora_rank=128).distillation.fake_score_lora_rank == 128
+    assert dmd(lora_rank=128, distillation_config={"fake_score_lora_rank": 64}).distillation.fake_score_lora_alpha == 64
+    assert dmd(validation_negative_prompt="blurry").distillation.negative_prompt == "blurry"
+    assert (
+        dmd(validation_negative_prompt="x", distillation_config={"negative_prompt": "y"}).distillation.negative_prompt
+        == "y"
+    )
+    assert dmd(distillation_config=DmdConfig(renoise="ode"), lora_rank=4).distillation.fake_score_lora_rank == 4
 
 
 def test_the_teacher_is_shown_at_the_guidance_that_is_distilled() -> None:
@@ -86,7 +89,7 @@ def test_a_plain_distillation_has_nothing_to_say() -> None:
     assert combination_notices(dmd(train_batch_size=4, gradient_accumulation_steps=2, num_processes=2)) == []
 
 
-@pytest.mark.parametrize("model", [TrainConfig, DmdConfig, DatasetEntry, VideoOptions])
+@pytest.mark.parametrize("model", [TrainConfig, *METHODS.values(), DatasetEntry, VideoOptions])
 def test_every_option_is_explained(model: type[TrainConfig]) -> None:
     for name, option in model.model_fields.items():
         assert option.description, name
@@ -95,5 +98,6 @@ def test_every_option_is_explained(model: type[TrainConfig]) -> None:
 
 def test_no_key_is_an_option_and_absent_at_once() -> None:
     assert not set(TrainConfig.model_fields) & set(ABSENT_KEYS)
-    assert not set(DmdConfig.model_fields) & set(DMD_ABSENT_KEYS)
+    for options in METHODS.values():
+        assert not set(options.model_fields) & set(METHOD_ABSENT_KEYS)
     assert not set(DatasetEntry.model_fields) & set(DATASET_ABSENT_KEYS)

@@ -59,8 +59,7 @@ def make_run(folder, model, strength=None, transformer=None):
     if full:
         export_full(folder / "export", transformer, info)
         return folder
-    roles = build_roles(build_transformer(0), student_adapter=AdapterSpec(RANK, ALPHA), critic_adapter=None,
-                        with_critic=False)  # fmt: skip
+    roles = build_roles(build_transformer(0), adapters={"student": AdapterSpec(RANK, ALPHA)})
     lora = roles.tensors("student")
     draws = torch.Generator().manual_seed(1)
     for name, tensor in lora.items():

@@ -20,7 +20,7 @@ from .tiny import LORA, latents, prompts, tiny_wan, wake
 
 def two_adapters(gradient_checkpointing: bool) -> Roles:
     roles = build_roles(
-        tiny_wan(), student_adapter=LORA, critic_adapter=LORA, gradient_checkpointing=gradient_checkpointing
+        tiny_wan(), adapters={"student": LORA, "critic": LORA}, gradient_checkpointing=gradient_checkpointing
     )
     wake(roles)
     return roles
@@ -145,7 +145,7 @@ def test_scale_is_relative_to_the_adapters_own_alpha_over_rank() -> None:
 def test_initialisation_depends_on_the_seed_alone() -> None:
     def factors(seed: int, drawn_before: int) -> dict[str, dict[str, Tensor]]:
         torch.manual_seed(drawn_before)
-        roles = build_roles(tiny_wan(), student_adapter=LORA, critic_adapter=LORA, seed=seed)
+        roles = build_roles(tiny_wan(), adapters={"student": LORA, "critic": LORA}, seed=seed)
         return {role: roles.tensors(role) for role in ("student", "critic")}
 
     first, again, other = factors(1, 0), factors(1, 99), factors(2, 0)
@@ -180,7 +180,7 @@ def test_targets_are_attention_and_feed_forward_of_the_blocks_unless_told() -> N
     assert len(trained) == 2 * 10
     assert all(name.startswith("blocks.") for name in trained)
     told = AdapterSpec(rank=2, alpha=2.0, targets=("to_q",))
-    roles = build_roles(tiny_wan(), student_adapter=told, critic_adapter=None, with_critic=False)
+    roles = build_roles(tiny_wan(), adapters={"student": told})
     assert {name.rsplit(".lora_", 1)[0] for name, _ in roles.parameters["student"]} == {
         f"blocks.{block}.{attention}.to_q" for block in (0, 1) for attention in ("attn1", "attn2")
     }

@@ -25,14 +25,15 @@ SETTINGS = DMDSettings(
 )
 
 
+BOTH = {"student": LORA, "critic": LORA}
+
+
 def lora_roles(base: nn.Module | None = None, **changes: Any) -> Roles:
-    return build_roles(tiny_wan() if base is None else base, student_adapter=LORA, critic_adapter=LORA, **changes)
+    return build_roles(tiny_wan() if base is None else base, adapters=BOTH, **changes)
 
 
 def full_roles() -> Roles:
-    return build_roles(
-        tiny_wan(), student_adapter=None, critic_adapter=None, full_student=tiny_wan(), full_critic=tiny_wan()
-    )
+    return build_roles(tiny_wan(), adapters={}, full={"student": tiny_wan(), "critic": tiny_wan()})
 
 
 def quantised_wan(precision: str) -> nn.Module:
@@ -222,9 +223,8 @@ def test_on_a_bf16_base_what_trains_is_fp32_and_stays_so() -> None:
 def test_full_fp32_masters_compute_in_the_autocast_dtype() -> None:
     roles = build_roles(
         tiny_wan(dtype=torch.bfloat16),
-        student_adapter=None,
-        critic_adapter=LORA,
-        full_student=tiny_wan(),
+        adapters={"critic": LORA},
+        full={"student": tiny_wan()},
         autocast=torch.bfloat16,
     )
     seen: list[torch.dtype] = []
@@ -264,9 +264,7 @@ def test_a_student_that_is_not_the_teacher_is_seen_at_the_start_but_not_on_resum
 
 
 def test_a_full_student_beside_a_quantised_base_is_told_its_distance() -> None:
-    roles = build_roles(
-        quantised_wan("int8-quanto"), student_adapter=None, critic_adapter=LORA, full_student=tiny_wan()
-    )
+    roles = build_roles(quantised_wan("int8-quanto"), adapters={"critic": LORA}, full={"student": tiny_wan()})
     assert "relative) away from the teacher" in checked(roles, shared_numerics=False)[0]
     with pytest.raises(SelfTestError, match="student does not start"):
         checked(roles)
@@ -342,14 +340,14 @@ def test_evaluating_puts_the_mode_back_even_after_an_error() -> None:
 
 
 def test_a_run_without_a_critic_has_none() -> None:
-    roles = build_roles(tiny_wan(), student_adapter=LORA, critic_adapter=LORA, with_critic=False)
+    roles = build_roles(tiny_wan(), adapters={"student": LORA})
     assert roles.critic is None
     assert set(roles.parameters) == {"student"}
     assert len(checked(roles)) == 2
 
 
 def test_a_full_critic_may_watch_a_lora_student() -> None:
-    roles = build_roles(tiny_wan(), student_adapter=LORA, critic_adapter=None, full_critic=tiny_wan())
+    roles = build_roles(tiny_wan(), adapters={"student": LORA}, full={"critic": tiny_wan()})
     assert len(checked(roles)) == 3
     assert len(roles.transformers()) == 2
     train(roles, 2)
@@ -357,7 +355,7 @@ def test_a_full_critic_may_watch_a_lora_student() -> None:
 
 def test_ranks_and_targets_may_differ_between_roles() -> None:
     roles = build_roles(
-        tiny_wan(), student_adapter=LORA, critic_adapter=AdapterSpec(rank=2, alpha=2.0, targets=("to_q", "to_v"))
+        tiny_wan(), adapters={"student": LORA, "critic": AdapterSpec(rank=2, alpha=2.0, targets=("to_q", "to_v"))}
     )
     assert len(checked(roles)) == 3
     assert len(roles.parameters["critic"]) < len(roles.parameters["student"])
