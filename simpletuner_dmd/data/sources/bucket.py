@@ -26,18 +26,22 @@ def mirror(entry: DatasetEntry, folder: Path) -> list[Rejected]:
     cannot be listed.
     """
     store = open_store(entry)
+    from botocore.exceptions import BotoCoreError
+
     prefix = (entry.instance_data_dir or "").strip("/")
     root = f"{entry.aws_bucket_name}/{prefix}".rstrip("/")
     try:
         listed = store.find(root, detail=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, BotoCoreError) as error:
         raise _unreachable(entry, error) from error
     wanted: dict[str, tuple[str, str, int]] = {}
     for key, about in listed.items():
+        if about["type"] != "file" or key.endswith("/") or (key.rstrip("/") == root and not about["size"]):
+            continue  # an empty object that stands for a folder
         name = key.removeprefix(root).lstrip("/") or Path(key).name
-        if name.endswith("/") or about["type"] != "file" or any(part.startswith(".") for part in name.split("/")):
-            continue
         inside(folder, name, f"{entry.id}.instance_data_dir")
+        if any(part.startswith(".") for part in name.split("/")):
+            continue  # hidden, as in a folder
         wanted[name] = (key, str(about.get("ETag", "")).strip('"'), int(about["size"]))
     if not wanted:
         raise UserError(f"s3://{root} holds no object", key=f"{entry.id}.instance_data_dir",
@@ -48,12 +52,14 @@ def mirror(entry: DatasetEntry, folder: Path) -> list[Rejected]:
 def _bring_up_to_date(store: Any, folder: Path, wanted: dict[str, tuple[str, str, int]]) -> list[Rejected]:
     there = _index(folder)
 
+    from botocore.exceptions import BotoCoreError
+
     def one(name: str) -> str:
         key, _, size = wanted[name]
         target = folder / name
         try:
             copy_whole(target, store.open(key, "rb"), size)
-        except OSError as error:
+        except (OSError, BotoCoreError) as error:
             reason = f"cannot fetch s3://{key}: {error}"
             raise UnusableFile(target, reason, damaged=False, kind=CANNOT_FETCH) from error
         return name
@@ -105,6 +111,7 @@ def open_store(entry: DatasetEntry) -> Any:
         token=plain(entry.aws_session_token),
         endpoint_url=entry.aws_endpoint_url,
         client_kwargs={"region_name": entry.aws_region_name} if entry.aws_region_name else {},
+        config_kwargs={"connect_timeout": 20, "retries": {"max_attempts": 2}},
         # An answer from a minute ago would hide files that were just uploaded.
         use_listings_cache=False,
         skip_instance_cache=True,
@@ -113,12 +120,14 @@ def open_store(entry: DatasetEntry) -> Any:
 
 def fetch_object(entry: DatasetEntry, url: str, folder: Path) -> Path:
     """The local copy of one s3:// URL. Raises UnusableFile."""
+    from botocore.exceptions import BotoCoreError
+
     target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}{Path(url).suffix[:12]}"
     if target.is_file():
         return target
     try:
         copy_whole(target, open_store(entry).open(url.removeprefix("s3://"), "rb"), None)
-    except OSError as error:
+    except (OSError, BotoCoreError) as error:
         raise UnusableFile(target, f"cannot fetch {url}: {error}", damaged=False, kind=CANNOT_FETCH) from error
     return target
 
