@@ -65,6 +65,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except (PermissionError, FileNotFoundError) as error:
         raise UnusableFile(path, f"cannot be read: {error.strerror or error}", damaged=False) from error
     except (av.error.FFmpegError, OSError) as error:
+        if kind_of_file(path) == "unreadable":
+            raise UnusableFile(path, f"cannot be read: {error.strerror or error}", damaged=False) from error
         reason = _why_undecodable(path, error)
         kind = WRONG_KIND if reason.startswith("not a video") else CANNOT_DECODE
         raise UnusableFile(path, reason, damaged=_is_damage(error), kind=kind) from error

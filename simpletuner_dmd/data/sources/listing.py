@@ -68,15 +68,18 @@ def _from_folder(
     else:
         paths, failed = list_files(folder, skip)
         listing.rejected += failed
-        ours = {table_path.resolve()} if table_path else set()
         listing.items = [
             Item(path.relative_to(folder).as_posix() if path != folder else path.name, path)
             for path in paths
-            if path.suffix.lower() not in CAPTION_FILES and path.resolve() not in ours
+            if path.suffix.lower() not in CAPTION_FILES and not _is_table(path, table_path)
         ]
     listing.items = chosen(listing.items, settings.max_num_samples, settings.id)
     uses_table = entry.caption_strategy in ("csv", "parquet", "jsonl") or entry.type == "huggingface"
     return listing, captions if uses_table or (captions and captions.has_captions) else None
+
+
+def _is_table(path: Path, table: Path | None) -> bool:
+    return table is not None and path.name == table.name and path.exists() and path.samefile(table)
 
 
 def _named_files(rows: Sequence[Row], folder: Path, table: Path) -> tuple[list[Item], list[Rejected]]:
