@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
 from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
+from simpletuner_dmd.config.tread import TreadConfig, TreadRoute
 
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
@@ -29,6 +30,10 @@ READ_IN_CONFIG = {
     "disabled": "datasets.py",
     "default": "datasets.py",
     "distillation_config": "schema.py",
+    "routes": "tread.py",
+    "selection_ratio": "tread.py",
+    "start_layer_idx": "tread.py",
+    "end_layer_idx": "tread.py",
     "cache_dir_text": "datasets.py",
     "cache_dir": "load.py",
 }
@@ -49,7 +54,7 @@ CONFIG = PACKAGE / "config"
 READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
 OPTIONS = [
     (model, name)
-    for model in (TrainConfig, *METHODS.values(), DatasetEntry, TableOptions, VideoOptions)
+    for model in (TrainConfig, *METHODS.values(), TreadConfig, TreadRoute, DatasetEntry, TableOptions, VideoOptions)
     for name in model.model_fields
 ]
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
@@ -25,6 +26,7 @@ from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
@@ -92,6 +94,7 @@ class Assembly:
     def roles(self) -> tuple[Roles, list[str]]:
         """Teacher, student and what else the method moves, and lines worth printing."""
         config = self.config
+        routes = self.routes  # before any weight is loaded: they may not fit the model
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
         adapters = self.adapters()
@@ -104,7 +107,23 @@ class Assembly:
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        return roles, [notice] if notice else []
+        lines = [notice] if notice else []
+        for name in routed_roles(config.distillation_config) if routes else ():
+            roles.denoisers[name].routes = routes
+            lines.append(routing_line(name, routes, depth_of(self.network)))
+        return roles, lines
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """TREAD's, with blocks counted from 0; a UserError where the model does not have them."""
+        tread = self.config.tread_config
+        if tread is None:
+            return ()
+        depth = depth_of(self.network)
+        problems = tread.depth_problems(depth, self.loaded.origins.get("tread_config", ""))
+        if problems:
+            raise UserError(problems)
+        return tuple(Route(*span) for span in tread.spans(depth))
 
     def _moving_networks(self) -> list[str]:
         return ["student", *(["critic"] if self.config.critic else [])]

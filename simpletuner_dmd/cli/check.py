@@ -106,7 +106,7 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Local model folders that lack a part. Reads file names only; Hub ids are not looked up."""
+    """Local model folders that lack a part, or whose depth the routes do not fit; Hub ids are not looked up."""
     from simpletuner_dmd.config import Problem
 
     config, problems = loaded.config, []
@@ -132,7 +132,20 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
                         f"a diffusers pipeline folder has {', '.join(PARTS)}",
                         "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
+        elif part == "transformer":
+            problems += route_problems(loaded, folder if own_folder else folder / subfolder)
     return problems
+
+
+def route_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
+    """Routes of `tread_config` that the transformer in this folder does not have."""
+    from simpletuner_dmd.config.read import read_json
+    from simpletuner_dmd.config.tread import depth_of
+
+    tread, file = loaded.config.tread_config, folder / "config.json"
+    if tread is None or not file.is_file():
+        return []
+    return tread.depth_problems(depth_of(read_json(file, str(file))), loaded.origins.get("tread_config", ""))
 
 
 def output_problems(loaded: LoadedConfig) -> list[Problem]:

@@ -122,7 +122,9 @@ def _read_entry(raw: dict[str, Any], number: int, file: str, found: Datasets) ->
         found.problems += _entry_problems(entry, name, file)
         idle = idle_keys(entry)
         if idle:
-            found.notices.append(f"{name}: {', '.join(idle)} has no effect on a {entry.dataset_type} entry.")
+            found.notices.append(
+                f"{name}: {', '.join(idle)} has no effect on dataset_type {entry.dataset_type}, type {entry.type}."
+            )
         if entry.dataset_type != "image" and entry.video.num_frames != frames_4n1(entry.video.num_frames):
             rounded = frames_4n1(entry.video.num_frames)
             found.notices.append(f"{name}: num_frames {entry.video.num_frames} -> {rounded}: Wan takes 4n+1 frames.")

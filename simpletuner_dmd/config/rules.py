@@ -5,6 +5,7 @@ from __future__ import annotations
 from simpletuner_dmd.config.errors import Problem
 from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import tread_notices
 
 QUANTISED_4_BIT = ("int4-quanto",)
 
@@ -77,6 +78,7 @@ def combination_notices(config: TrainConfig) -> list[str]:
         found.append("ema_validation none: validation renders the trained weights; the export carries the average.")
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
+    found += tread_notices(config.tread_config, config.distillation_config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

@@ -41,7 +41,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("tread_config teacher_lora init_lora teacher_model_name_or_path pretrained_transformer_subfolder "
+    **_each("teacher_lora init_lora teacher_model_name_or_path pretrained_transformer_subfolder "
             "optimizer_config eval_dataset_id eval_steps_interval gan_config instance_prompt "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "

@@ -16,9 +16,9 @@ from simpletuner_dmd.demo.train_vae import clips_to_pixels
 from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
 from simpletuner_dmd.flow import Batch, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream, generator
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import ModelSource
-from simpletuner_dmd.wan.roles import WanDenoiser
 
 
 @dataclass(frozen=True)

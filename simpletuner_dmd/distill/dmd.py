@@ -16,9 +16,9 @@ from torch import Tensor
 
 from simpletuner_dmd.distill.losses import matching_direction, matching_loss, velocity_loss
 from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
-from simpletuner_dmd.distill.rollout import Rollout, RolloutSettings, roll_out
+from simpletuner_dmd.distill.rollout import RollOut, Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import Batch, Denoiser, SigmaWindow, add_noise, guided_velocity
+from simpletuner_dmd.flow import Batch, Denoiser, Routing, SigmaWindow, add_noise, guided_velocity
 from simpletuner_dmd.randomness import RandomStream
 
 CRITIC_LOW, CRITIC_HIGH = 0.001, 0.999  # the critic sees every noise level, whatever the student's exit
@@ -44,17 +44,22 @@ class DMDSettings:
 
 
 class DMD:
-    """The Method. Roles: "student" and "critic"; the teacher never moves."""
+    """The Method. Roles: "student" and "critic"; the teacher never moves.
+
+    roll_out: how the student makes its samples; None walks the ladder over the whole clip at once.
+    """
 
     def __init__(
-        self, teacher: Denoiser, student: Denoiser, critic: Denoiser, settings: DMDSettings, device: torch.device
-    ) -> None:
+        self, teacher: Denoiser, student: Denoiser, critic: Denoiser, settings: DMDSettings, device: torch.device,
+        *, roll_out: RollOut | None = None,
+    ) -> None:  # fmt: skip
         self.teacher, self.student, self.critic = teacher, student, critic
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.own_roll_out = settings, device, roll_out
         self.needs_latents = settings.rollout.source == "data_latent"
         self._shared: dict[tuple[int, ...], Tensor] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
-        self._score_windows = [self.score_window(rung) for rung in range(len(settings.rollout.schedule.ladder))]
+        for rung in range(len(settings.rollout.schedule.ladder)):
+            self.score_window(rung)
         self._critic_window = SigmaWindow(CRITIC_LOW, CRITIC_HIGH, settings.timestep_shift)
 
     # --- the plan of a step ---------------------------------------------------------------------------------------
@@ -79,11 +84,14 @@ class DMD:
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
-    def score_window(self, exit_rung: int) -> SigmaWindow:
-        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule)."""
+    def score_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
+        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule).
+
+        Blocks that left at several rungs, from first_exit to exit_rung, share the smallest window that holds theirs.
+        """
         s, schedule = self.settings, self.settings.rollout.schedule
         floor = schedule.next_sigma(exit_rung) if s.ts_schedule else s.min_score_timestep / 1000
-        ceiling = schedule.ladder[exit_rung] if s.ts_schedule_max else 1.0
+        ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
         return SigmaWindow(max(s.min_timestep_ratio, floor), min(s.max_timestep_ratio, ceiling), s.timestep_shift)
 
     def student_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
@@ -92,7 +100,7 @@ class DMD:
         x0 = rollout.x0
         self._shared[batch.positions] = x0.detach()
         with torch.no_grad():
-            window = self._score_windows[rollout.exit_rung]
+            window = self.score_window(rollout.exit_rung, rollout.first_exit)
             sigma_B = window.sigma(stream.uniform("score/sigma")).to(self.device)
             noise = stream.normal(batch.latent_shape, "score/noise").to(self.device)
             x_t = add_noise(x0.detach(), noise, sigma_B)
@@ -122,11 +130,14 @@ class DMD:
         for repeat in range(repeats):
             sigma_B = self._critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
             noise = stream.normal(batch.latent_shape, f"critic/noise {repeat}").to(self.device)
-            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=True)
+            routed = Routing(stream, f"critic/tread {repeat}")
+            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
             loss = velocity_loss(velocity, x0, noise).mean()
             yield NamedLoss("fake_score_loss", loss / repeats)
 
     def _roll_out(self, batch: Batch, stream: RandomStream, with_grad: bool) -> Rollout:
+        if self.own_roll_out is not None:
+            return self.own_roll_out(batch, stream, with_grad)
         return roll_out(self.student, batch, stream, self.settings.rollout, "rollout", self.device, with_grad)
 
     # --- resume -----------------------------------------------------------------------------------------------------

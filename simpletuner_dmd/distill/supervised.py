@@ -12,7 +12,7 @@ from torch import Tensor
 from simpletuner_dmd.distill.losses import velocity_loss
 from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import Batch, Denoiser, add_noise, shifted
+from simpletuner_dmd.flow import Batch, Denoiser, Routing, add_noise, shifted
 from simpletuner_dmd.randomness import RandomStream
 
 
@@ -54,7 +54,8 @@ class Supervised:
         sigma_B = self.draw_sigma(stream).to(self.device)
         noise = stream.normal(batch.latent_shape, "noise").to(self.device)
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
-        velocity = self.student.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=True)
+        routed = Routing(stream, "tread")
+        velocity = self.student.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
         yield NamedLoss("loss", velocity_loss(velocity, x0, noise).mean())
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class ExportInfo:
     train_steps: int = 0
     weights: str = "raw"
     framerate: float = 16
+    boundary: float = 0.0  # sigma from which upwards the high-noise expert of a two-expert student works; 0: one expert
+    vae_scale: tuple[int, int] = (8, 4)  # pixels per latent in space, frames per latent in time
     licence: str = "apache-2.0"
     prompt: str = "a cat walks through tall grass"
     validation_prompts: tuple[str, ...] = ()

@@ -38,18 +38,22 @@ if __name__ == "__main__":
 '''
 
 
+def load_lines(info: ExportInfo) -> str:
+    """The lines of a sampler.py that open the student from the export folder."""
+    if info.model_type == "full":
+        return ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
+                "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
+    return ("    pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
+            f'    pipe.load_lora_weights(export, weight_name="{LORA_FILE}")')  # fmt: skip
+
+
 def sampler_file(info: ExportInfo) -> str:
     """sampler.py, at most 30 lines: the ladder as sigmas inside a scheduler, so that no config has to express it."""
-    if info.model_type == "full":
-        load = ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
-                "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
-    else:
-        load = ("    pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
-                f'    pipe.load_lora_weights(export, weight_name="{LORA_FILE}")')  # fmt: skip
     width, height, frames = info.size
     return _SAMPLER.format(
         name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
-        ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name), load=load,
+        ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name),
+        load=load_lines(info),
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
         imports=", WanTransformer3DModel" if info.model_type == "full" else "",
         width=width, height=height, frames=frames, length=info.tokenizer_max_length, fps=info.framerate,

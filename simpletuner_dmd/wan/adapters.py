@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from simpletuner_dmd.randomness import derive_seed
 
@@ -113,29 +112,3 @@ def _lora_config(spec: AdapterSpec) -> LoraConfig:
         init_lora_weights=spec.init,
         target_modules=list(spec.targets or DEFAULT_TARGETS),
     )
-
-
-class BlockRunner:
-    """Runs each transformer block while gradients are on: plainly, or recomputing it in backward.
-
-    Attached by the model's own `enable_gradient_checkpointing(gradient_checkpointing_func=...)`; without gradients the
-    model does not call it. A recompute happens under the adapter state of its forward, whatever is active by then.
-    """
-
-    def __init__(self, transformer: nn.Module, switch: AdapterSwitch | None, checkpointing: bool) -> None:
-        self.switch, self.checkpointing = switch, checkpointing
-        network: Any = transformer  # a stock WanTransformer3DModel
-        network.enable_gradient_checkpointing(gradient_checkpointing_func=self)
-
-    def __call__(self, block: nn.Module, *arguments: Any) -> Tensor:
-        if not self.checkpointing:
-            return block(*arguments)
-        if self.switch is None:
-            return checkpoint(block, *arguments, use_reentrant=False)
-        switch, state = self.switch, self.switch.state
-
-        def run(*inner: Any) -> Tensor:
-            with switch.use(*state):
-                return block(*inner)
-
-        return checkpoint(run, *arguments, use_reentrant=False)

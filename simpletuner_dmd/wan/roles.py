@@ -7,44 +7,16 @@ adapters off. A full student or a full critic owns its own weights.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import TIMESTEPS, TextEmbedding
-from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch, BlockRunner
-
-
-class WanDenoiser:
-    """One role: a transformer, the adapter it sees, and the precision of its forward. Implements flow.Denoiser."""
-
-    def __init__(
-        self,
-        transformer: nn.Module,
-        switch: AdapterSwitch | None,
-        adapter: str | None,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.transformer, self.switch, self.adapter, self.autocast = transformer, switch, adapter, autocast
-        # The patch embedding is never quantised and never kept back in fp32: its dtype is that of the activations.
-        self.weight: Tensor = transformer.get_parameter("patch_embedding.weight")
-
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
-        dtype, device = self.weight.dtype, self.weight.device
-        selected: AbstractContextManager[None] = nullcontext() if self.switch is None else self.switch.use(self.adapter)
-        cast: AbstractContextManager[object] = (
-            nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
-        )
-        with selected, cast:
-            (velocity,) = self.transformer(
-                hidden_states=x_t_BCFHW.to(dtype),
-                timestep=TIMESTEPS * sigma.float(),  # a float in fp32: bf16 would round 981 to 980
-                encoder_hidden_states=text.expand(len(x_t_BCFHW)).rows_BLD.to(dtype),
-                return_dict=False,
-            )
-        return velocity.float()
+from simpletuner_dmd.flow import TextEmbedding
+from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
+from simpletuner_dmd.wan.denoiser import WanDenoiser
+from simpletuner_dmd.wan.runner import BlockRunner
 
 
 @dataclass

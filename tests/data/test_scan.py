@@ -173,6 +173,21 @@ def test_ids_name_folders_of_the_cache(tmp_path: Path, config: TrainConfig) -> N
         scan(bad, config)
 
 
+def test_the_wan_guides_sizes_and_lengths(tmp_path: Path) -> None:
+    """The entry of SimpleTuner's Wan guide, at a seventh of its size and a fifth of its length."""
+    captioned(tmp_path / "d" / "good.mp4", frames=40, fps=30, size=(128, 72))
+    captioned(tmp_path / "d" / "short.mp4", frames=14)
+    captioned(tmp_path / "d" / "tiny.mp4", frames=40, size=(48, 48))
+    source = entry(
+        tmp_path / "d", crop=False, resolution=64, minimum_image_size=64, maximum_image_size=64,
+        target_downsample_size=64, resolution_type="pixel_area", caption_strategy="textfile",
+        metadata_backend="discovery", repeats=0, video={"num_frames": 15, "min_frames": 15},
+    )  # fmt: skip
+    result = scan(source, make_config(tmp_path))
+    assert result.buckets == {"80x48x13": 1}  # 15 -> 13 of 4n + 1; 64 * sqrt(1.78) = 85.3 -> 80, 47.97 -> 48
+    assert result.counts == {"usable": 1, "too short": 1, "too small": 1}
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.losses import matching_direction, matching_loss, velocity_loss
 from simpletuner_dmd.distill.rollout import RolloutSettings
-from simpletuner_dmd.flow import Schedule, TextEmbedding, add_noise, guided_velocity, unshifted
+from simpletuner_dmd.flow import Routing, Schedule, TextEmbedding, add_noise, guided_velocity, unshifted
 from simpletuner_dmd.randomness import RandomStream
 
 from .oracles import (
@@ -39,7 +39,9 @@ class LearnedVelocity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(seed)))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         said = text.rows_BLD[:, 0, 0].reshape(-1, 1, 1, 1, 1)
         return self.weights[0] * x_t_BCFHW + self.weights[1] + self.weights[2] * said
 

@@ -88,6 +88,11 @@ class DistillationOptions(Options):
         return False
 
     @property
+    def blockwise(self) -> bool:
+        """The student is causal: it makes a clip block by block."""
+        return False
+
+    @property
     def boundary(self) -> float:
         """The sigma from which on, upwards, the high-noise expert of a two-expert student works."""
         return 0.0
@@ -144,7 +149,8 @@ class DistillationOptions(Options):
         return found
 
 
-def _ladder(value: Any) -> list[float]:
+def ladder(value: Any) -> list[float]:
+    """A person's list of steps."""
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -154,7 +160,7 @@ def _ladder(value: Any) -> list[float]:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(_ladder)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
