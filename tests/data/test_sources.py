@@ -287,6 +287,17 @@ def test_prompts_of_a_hub_dataset_travel_without_its_videos(
     assert hub.sent < size / 2
 
 
+def test_a_part_of_a_hub_dataset_travels_alone(tmp_path: Path, config: TrainConfig, hub: FileServer) -> None:
+    write_shards(tmp_path / "set", rows=8, filler=12_000_000)
+    result = scan(hub_entry("owner/films", tmp_path, max_num_samples=1), config)
+    again = scan(hub_entry("owner/films", tmp_path, max_num_samples=1), config)
+    assert len(result.usable) == 1 and captions(again) == captions(result)
+    assert len(list((tmp_path / "downloads").glob("*.mp4"))) == 1
+    assert hub.sent < 12_000_000 * 2, "of eight row groups, one and what is read ahead of it"
+    grown = captions(scan(hub_entry("owner/films", tmp_path, max_num_samples=5), config))
+    assert len(set(grown)) == 5 and set(captions(result)) <= set(grown), "a larger part holds the smaller one"
+
+
 def test_a_hub_dataset_of_files_is_copied(tmp_path: Path, config: TrainConfig, hub: FileServer) -> None:
     write_video(tmp_path / "set" / "clips" / "a.mp4")
     write_csv(tmp_path / "set" / "metadata.csv", [{"file_name": "clips/a.mp4", "caption": "from the table"}])

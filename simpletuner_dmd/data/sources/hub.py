@@ -8,17 +8,19 @@ reads nothing. A Hub dataset without parquet files (a folder of videos) is copie
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.data.findings import BAD_ROW, Rejected, UnusableFile
+from simpletuner_dmd.data.findings import BAD_ROW, CANNOT_FETCH, Rejected, UnusableFile
 from simpletuner_dmd.data.kinds import suffix_of
-from simpletuner_dmd.data.sources.download import fetch, inside, is_url, json_whole
+from simpletuner_dmd.data.sources.download import copy_whole, fetch, inside, is_url, json_whole
 from simpletuner_dmd.data.sources.items import Item, Listing, chosen
 from simpletuner_dmd.data.sources.table import CAPTION_COLUMNS, captions_in, import_parquet
 
@@ -122,26 +124,39 @@ def read_captions(entry: DatasetEntry, shards: list[Shard]) -> tuple[list[tuple[
 
 
 def list_media(entry: DatasetEntry, shards: list[Shard], folder: Path) -> Listing:
-    """Every row of the split as a file below `folder`, with its captions."""
+    """Every row of the split, or a seeded choice of max_num_samples of them, as a file below `folder` with captions."""
     column = entry.image_column if entry.dataset_type == "image" else entry.video_column
+    wanted: list[set[int] | None] = [None] * len(shards)
+    if entry.max_num_samples is not None:
+        # The footers say how many rows there are; of the videos only those that are chosen are read.
+        counts = [_row_count(entry, shard) for shard in shards]
+        rows = [(index, row) for index, count in enumerate(counts) for row in range(1, count + 1)]
+        taken = chosen(rows, entry.max_num_samples, entry.id)
+        wanted = [{row for index, row in taken if index == number} for number in range(len(shards))]
     listing = Listing()
-    for shard in shards:
-        one = _list_shard(entry, shard, column, folder)
+    for shard, rows_of_it in zip(shards, wanted, strict=True):
+        one = _list_shard(entry, shard, column, folder, rows_of_it)
         listing.items += one.items
         listing.rejected += one.rejected
-    listing.items = chosen(listing.items, entry.max_num_samples, entry.id)
     return listing
 
 
-def _list_shard(entry: DatasetEntry, shard: Shard, column: str, folder: Path) -> Listing:
-    words = "\x1f".join([shard.place, shard.version, column, str(entry.caption_column), str(entry.max_num_samples)])
-    name = hashlib.sha256(words.encode()).hexdigest()[:16]
-    index = folder / f"{name}.json"
+def _row_count(entry: DatasetEntry, shard: Shard) -> int:
+    with _parquet(entry, shard, read_ahead=1 << 16) as file:
+        return int(file.metadata.num_rows)
+
+
+def _list_shard(entry: DatasetEntry, shard: Shard, column: str, folder: Path, wanted: set[int] | None) -> Listing:
+    rows = "all" if wanted is None else ",".join(map(str, sorted(wanted)))
+    content = "\x1f".join([shard.place, shard.version, column])
+    name = hashlib.sha256(content.encode()).hexdigest()[:16]
+    # Another choice of rows, or another column of captions, is another index over the same files.
+    index = folder / f"{name}-{hashlib.sha256(f'{entry.caption_column} {rows}'.encode()).hexdigest()[:8]}.json"
     known = _read_index(index, folder)
     if known is not None:
         return known
     listing = Listing()
-    for number, record in _records(entry, shard, media=column):
+    for number, record in _records(entry, shard, media=column, wanted=wanted):
         label = f"{PurePosixPath(shard.place).stem}-{number:06d}"
         try:
             path = _write_media(record["media"], folder / f"{name}-{number:06d}", shard, number, folder)
@@ -149,12 +164,12 @@ def _list_shard(entry: DatasetEntry, shard: Shard, column: str, folder: Path) ->
             listing.rejected.append(Rejected.of(error))
             continue
         listing.items.append(Item(label, path, captions_in(record["caption"])))
-    rows = {
+    found = {
         "source": shard.place,
-        "items": [[item.name, item.path.name, list(item.captions)] for item in listing.items],
+        "items": [[item.name, str(item.path), list(item.captions)] for item in listing.items],
         "rejected": [[str(bad.path), bad.reason, bad.kind] for bad in listing.rejected],
     }
-    json_whole(index, lambda file: json.dump(rows, file, ensure_ascii=False))
+    json_whole(index, lambda file: json.dump(found, file, ensure_ascii=False))
     return listing
 
 
@@ -162,7 +177,7 @@ def _read_index(index: Path, folder: Path) -> Listing | None:
     """What an earlier start wrote, if all of its files are still there."""
     try:
         rows = json.loads(index.read_text(encoding="utf-8"))
-        items = [Item(name, folder / Path(file).name, tuple(captions)) for name, file, captions in rows["items"]]
+        items = [Item(name, Path(file), tuple(captions)) for name, file, captions in rows["items"]]
         rejected = [Rejected(Path(path), reason, kind=kind) for path, reason, kind in rows["rejected"]]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -178,10 +193,11 @@ def _write_media(value: Any, stem: Path, shard: Shard, number: int, folder: Path
     if content:
         target = stem.with_name(stem.name + suffix_of(content))
         if not (target.is_file() and target.stat().st_size == len(content)):
-            stem.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.tmp")
-            temporary.write_bytes(content)
-            temporary.replace(target)
+            try:
+                copy_whole(target, io.BytesIO(content), len(content))
+            except OSError as error:
+                reason = f"row {number} of {shard.place} cannot be written: {error.strerror}"
+                raise UnusableFile(target, reason, False, CANNOT_FETCH) from error
         return target
     where = Path(shard.place)
     if isinstance(name, str) and is_url(name):
@@ -193,29 +209,48 @@ def _write_media(value: Any, stem: Path, shard: Shard, number: int, folder: Path
     raise UnusableFile(where, f"row {number} holds neither bytes nor a file that is there", False, BAD_ROW)
 
 
-def _records(entry: DatasetEntry, shard: Shard, *, media: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row from 1, {"caption": cell, "media": cell}) of one file, a few rows at a time. Raises UserError."""
+@contextmanager
+def _parquet(entry: DatasetEntry, shard: Shard, *, read_ahead: int) -> Iterator[Any]:
+    """The opened file; UserError for one that cannot be read."""
     parquet = import_parquet(f"{entry.id}.type")
     import pyarrow
 
     try:
-        # Captions lie between videos, so what comes after them is not wanted.
-        with shard.open(5 << 20 if media else 1 << 16) as handle, parquet.ParquetFile(handle) as file:
-            available = file.schema_arrow.names
-            caption = _column(entry, entry.caption_column, available, shard, needed=media is None)
-            if media is not None and media not in available:
-                key = "image_column" if entry.dataset_type == "image" else "video_column"
-                raise UserError(f'{shard.place} has no column "{media}"; it has {", ".join(available)}',
-                                key=f"{entry.id}.{key}", fix="name one of these")  # fmt: skip
-            columns = [name for name in (media, caption) if name is not None]
-            number = 0
-            for batch in file.iter_batches(ROWS_AT_ONCE if media else 4096, columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, {"caption": record.get(caption), "media": record.get(media)}
+        with shard.open(read_ahead) as handle, parquet.ParquetFile(handle) as file:
+            yield file
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{shard.place} cannot be read as parquet: {error}", key=f"{entry.id}.dataset_name",
                         fix="fetch it again, or leave it out") from error  # fmt: skip
+
+
+def _records(
+    entry: DatasetEntry, shard: Shard, *, media: str | None, wanted: set[int] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(row from 1, {"caption": cell, "media": cell}) of one file, a few rows at a time. Raises UserError.
+
+    wanted: only these rows; groups of rows that hold none of them are not read.
+    """
+    # Captions lie between videos, so what comes after them is not wanted.
+    with _parquet(entry, shard, read_ahead=5 << 20 if media else 1 << 16) as file:
+        available = file.schema_arrow.names
+        caption = _column(entry, entry.caption_column, available, shard, needed=media is None)
+        if media is not None and media not in available:
+            key = "image_column" if entry.dataset_type == "image" else "video_column"
+            raise UserError(f'{shard.place} has no column "{media}"; it has {", ".join(available)}',
+                            key=f"{entry.id}.{key}", fix="name one of these")  # fmt: skip
+        columns = [name for name in (media, caption) if name is not None]
+        first = 1
+        for group in range(file.metadata.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            rows = range(first, first + count)
+            first += count
+            if wanted is not None and wanted.isdisjoint(rows):
+                continue
+            batches = file.iter_batches(ROWS_AT_ONCE if media else 4096, row_groups=[group], columns=columns)
+            records = (record for batch in batches for record in batch.to_pylist())
+            for number, record in zip(rows, records, strict=True):
+                if wanted is None or number in wanted:
+                    yield number, {"caption": record.get(caption), "media": record.get(media)}
 
 
 def _column(entry: DatasetEntry, asked: str | None, available: list[str], shard: Shard, *, needed: bool) -> str | None:
