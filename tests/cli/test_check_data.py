@@ -35,7 +35,12 @@ def document(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 def test_the_same_bytes_under_two_names(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(home / "videos" / "1.mp4", home / "videos" / "copy.mp4")
     shutil.copy(home / "videos" / "1.txt", home / "videos" / "copy.txt")
+    for name, letter in (("like", b"a"), ("unlike", b"b")):  # of one size, and not the same
+        box = (9).to_bytes(4, "big") + b"free" + letter
+        (home / "videos" / f"{name}.mp4").write_bytes((home / "videos" / "2.mp4").read_bytes() + box)
+        shutil.copy(home / "videos" / "1.txt", home / "videos" / f"{name}.txt")
     (data,) = document(capsys)["data"]
+    assert data["usable"] == 6
     assert [[Path(path).name for path in group] for group in data["duplicates"]] == [["1.mp4", "copy.mp4"]]
     main(["check"])
     assert "the same bytes: " in capsys.readouterr().out

@@ -20,7 +20,7 @@ from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.findings import BAD_ROW, CANNOT_FETCH, CANNOT_READ
 from simpletuner_dmd.data.scan import DatasetScan, look, scan
 from simpletuner_dmd.data.sources import download
-from tests.data.clips import entry, prompts_entry, write_video
+from tests.data.clips import captioned, entry, prompts_entry, write_video
 from tests.data.stores import FileServer, hub_route, serving
 
 
@@ -159,6 +159,16 @@ def test_captions_from_a_table_beside_the_files(tmp_path: Path, config: TrainCon
     named = scan(entry(folder, caption_strategy=kind, metadata_backend="json" if kind == "jsonl" else kind), config)
     assert captions(named) == captions(result)
     assert [(bad.path.name, bad.kind) for bad in named.rejected] == [("absent.mp4", CANNOT_READ)]
+
+
+def test_a_table_may_name_the_files_and_leave_captions_to_text_files(tmp_path: Path, config: TrainConfig) -> None:
+    for name in "abc":
+        captioned(tmp_path / f"{name}.mp4", caption=f"beside {name}")
+    write_csv(tmp_path / "metadata.csv", [{"file": "a", "caption": "x"}, {"file": "c", "caption": "y"}])
+    table = {"identifier_includes_extension": False}
+    result = scan(entry(tmp_path, metadata_backend="csv", table=table), config)
+    assert captions(result) == [("beside a",), ("beside c",)]
+    assert not result.rejected and not result.notices
 
 
 def test_a_list_in_a_cell_is_several_captions(tmp_path: Path, config: TrainConfig) -> None:

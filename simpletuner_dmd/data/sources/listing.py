@@ -55,43 +55,33 @@ def _from_folder(
 ) -> tuple[Listing, CaptionTable | None]:
     listing = Listing()
     captions: CaptionTable | None = None
+    by_table = entry.caption_strategy in TABLE_NAMES
     if table_path is not None:
-        from_table = entry.caption_strategy not in ("filename", "instanceprompt")
-        needs = ("file", "caption") if from_table else ("file",)
+        needs = ("file", "caption") if by_table else ("file",)
         table = read_table(table_path, entry.table, entry.id, needs=needs)
         listing.rejected += table.rejected
         captions = CaptionTable(table, with_extension=entry.table.identifier_includes_extension)
+    paths, failed = list_files(folder, skip)
+    listing.rejected += failed
+    listing.items = [
+        Item(path.relative_to(folder).as_posix() if path != folder else path.name, path)
+        for path in paths
+        if path.suffix.lower() not in CAPTION_FILES and not _is_table(path, table_path)
+    ]
     if entry.metadata_backend != "discovery":
         assert captions is not None and table_path is not None, "a metadata backend is a table"
-        listing.items, missing = _named_files(table.rows, folder, table_path)
-        listing.rejected += missing
-    else:
-        paths, failed = list_files(folder, skip)
-        listing.rejected += failed
-        listing.items = [
-            Item(path.relative_to(folder).as_posix() if path != folder else path.name, path)
-            for path in paths
-            if path.suffix.lower() not in CAPTION_FILES and not _is_table(path, table_path)
+        known = captions
+        listing.items = [item for item in listing.items if known.knows(item.name)]
+        listing.rejected += [
+            Rejected(folder / name, f"{table_path.name} names it, and it is not there", kind=CANNOT_READ)
+            for name in known.unused
         ]
     listing.items = chosen(listing.items, settings.max_num_samples, settings.id)
-    uses_table = entry.caption_strategy in ("csv", "parquet", "jsonl") or entry.type == "huggingface"
-    return listing, captions if uses_table or (captions and captions.has_captions) else None
+    return listing, captions if by_table or (entry.type == "huggingface" and captions) else None
 
 
 def _is_table(path: Path, table: Path | None) -> bool:
     return table is not None and path.name == table.name and path.exists() and path.samefile(table)
-
-
-def _named_files(rows: Sequence[Row], folder: Path, table: Path) -> tuple[list[Item], list[Rejected]]:
-    items, missing = [], []
-    for row in rows:
-        path = folder / row.file
-        if path.is_file():
-            items.append(Item(row.file, path, row.captions))
-        else:
-            reason = f"row {row.number} of {table.name} names it, and it is not there"
-            missing.append(Rejected(path, reason, kind=CANNOT_READ))
-    return items, missing
 
 
 def _from_rows(entry: DatasetEntry, settings: DatasetSettings) -> Listing:

@@ -225,20 +225,23 @@ class CaptionTable:
             self._captions.setdefault(name, row.captions)
         self._unused = set(self._captions)
 
+    def knows(self, name: str) -> bool:
+        """Whether a row speaks of the file of this path below the dataset's folder."""
+        return self._row(name) is not None
+
     def find(self, name: str) -> tuple[str, ...]:
-        """The captions of the file of this path below the dataset's folder; empty where no row speaks of it."""
+        """The captions of that file; empty where no row speaks of it."""
+        row = self._row(name)
+        return () if row is None else self._captions[row]
+
+    def _row(self, name: str) -> str | None:
         path = PurePosixPath(name)
         if not self.with_extension:
             path = path.with_suffix("")
-        for known in (path.as_posix(), path.name):
-            if known in self._captions:
-                self._unused.discard(known)
-                return self._captions[known]
-        return ()
-
-    @property
-    def has_captions(self) -> bool:
-        return any(self._captions.values())
+        found = next((known for known in (path.as_posix(), path.name) if known in self._captions), None)
+        if found is not None:
+            self._unused.discard(found)
+        return found
 
     @property
     def unused(self) -> list[str]:
