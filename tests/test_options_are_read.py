@@ -9,13 +9,14 @@ from pydantic import BaseModel
 
 from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
+from simpletuner_dmd.config.lycoris import LycorisOptions, LycorisPreset
 from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
 from simpletuner_dmd.config.tread import TreadConfig, TreadRoute
 
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
 # One value is allowed in this version: checking it is the whole effect.
-ONE_VALUE = {"model_family", "lora_type"}
+ONE_VALUE = {"model_family"}
 # They rule block-wise students, which do not exist yet; writing them is answered at start.
 ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
@@ -54,7 +55,17 @@ CONFIG = PACKAGE / "config"
 READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
 OPTIONS = [
     (model, name)
-    for model in (TrainConfig, *METHODS.values(), TreadConfig, TreadRoute, DatasetEntry, TableOptions, VideoOptions)
+    for model in (
+        TrainConfig,
+        *METHODS.values(),
+        LycorisOptions,
+        LycorisPreset,
+        TreadConfig,
+        TreadRoute,
+        DatasetEntry,
+        TableOptions,
+        VideoOptions,
+    )  # fmt: skip
     for name in model.model_fields
 ]
 

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.export import export_full, export_lora
 from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.load_back import LoadBack, check_export
+from simpletuner_dmd.publish.lycoris import export_lycoris
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.loading import load_pipeline
+from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
 
 log = logging.getLogger(__name__)
@@ -83,6 +86,8 @@ class Shipper:
             tool_version=__version__,
             note=config.model_card_note,
             hub_repo=config.hub_model_id or "",
+            adapter=config.lora_type,
+            teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
         )
 
     def _trained_sizes(self, data: PreparedData | None) -> tuple[tuple[int, int, int], ...]:
@@ -101,8 +106,29 @@ class Shipper:
             export_full(folder, roles.student.transformer, info)
             return
         formats = ("diffusers", "comfyui") if self.config.lora_format == "both" else (self.config.lora_format,)
+        if isinstance(adapter, LycorisSpec):
+            self._export_lycoris(folder, roles, adapter, info, formats)
+            return
+        if adapter.dora:
+            formats = ("diffusers",)
         export_lora(
             folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats
+        )
+
+    def _export_lycoris(
+        self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: tuple[str, ...]
+    ) -> None:
+        switch = roles.student.switch
+        assert isinstance(switch, LycorisSwitch)
+        export_lycoris(
+            folder,
+            roles.tensors("student"),
+            alphas=switch.constants("student"),
+            multiplier=adapter.options.multiplier,
+            rank=adapter.options.linear_dim,
+            description=adapter.options.model_dump(mode="json", exclude_defaults=True) | {"algo": adapter.options.algo},
+            info=info,
+            formats=formats,
         )
 
     def reference(self, roles: Roles, text: TextEmbedding, latent_shape: tuple[int, int, int, int]) -> Reference:
@@ -122,7 +148,8 @@ class Shipper:
 
     def load_back(self, folder: Path, reference: Reference) -> LoadBack:
         """Whether a fresh stock WanPipeline with the exported files samples what `reference` holds."""
-        if self.config.model_type == "lora" and self.config.lora_format == "comfyui":
+        standard = self.config.lora_type == "standard"  # a LyCORIS file is always there
+        if self.config.model_type == "lora" and standard and self.config.lora_format == "comfyui":
             return LoadBack(0.0, True, "not compared: only ComfyUI's file was asked for, which stock diffusers is not")
         transformer = self.assembly.base_transformer(quantised=self.config.model_type == "lora")
         pipeline = load_pipeline(self.assembly.source, transformer)

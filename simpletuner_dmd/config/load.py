@@ -27,6 +27,7 @@ from simpletuner_dmd.config.layers import (
     option_field,
     take_selectors,
 )
+from simpletuner_dmd.config.lycoris import read_lycoris
 from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
@@ -35,6 +36,7 @@ from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, METHOD_ABSENT_KEYS
+from simpletuner_dmd.config.starting import resolve_starts
 from simpletuner_dmd.config.tread import KEY as TREAD
 from simpletuner_dmd.config.tread import read_tread
 
@@ -142,9 +144,11 @@ def load(
     ]
     problems = [problem for layer in layers for problem in layer.problems]
     values, origins = _merge(layers)
+    read_lycoris(values, origins, folders, problems, notices)
     _sort_out_unknown(values, origins, problems, notices)
     _read_routes(values, origins, problems)
     options = _build(values, origins, name, problems)
+    resolve_starts(options, origins, name, lambda value: resolve_path(value, folders), problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:
         complete(datasets, options, lambda value: resolve_path(value, folders), cwd)

@@ -23,7 +23,7 @@ HUB_IDS: dict[str, str] = {
     "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
-DistillationMethod = Literal["dmd"]
+DistillationMethod = Literal["dmd", "rcm", "self_forcing", "diffusion_forcing", "ode_init"]
 
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
 SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
@@ -58,7 +58,8 @@ class ModelOptions(Options):
     )
     distillation_method: DistillationMethod | None = Field(
         None,
-        description="How the base becomes a few-step student; `dmd`: distribution matching. "
+        description="How the base becomes a few-step student. `dmd`: distribution matching. `rcm`: the same beside "
+        "continuous-time consistency, from videos. "
         "Unset: ordinary supervised fine-tuning on your videos.",
     )
     pretrained_model_name_or_path: str = Field(

@@ -41,7 +41,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("teacher_lora init_lora teacher_model_name_or_path pretrained_transformer_subfolder "
+    **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
             "optimizer_config eval_dataset_id eval_steps_interval gan_config instance_prompt "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
@@ -58,13 +58,6 @@ ABSENT_KEYS: dict[str, Absent] = {
     **_each("main_process_ip main_process_port same_network context_parallel_comm_strategy accelerate_config "
             "accelerate_extra_args dynamo_backend", Absent("one machine needs none of it", harmless=True)),
     "global_batch_size": Absent(f"{NOT_YET}; use train_batch_size x gradient_accumulation_steps x num_processes"),
-    "lycoris_config": Absent("it acts with lora_type lycoris, which is " + NOT_YET, harmless=True),
-    **_each("init_lokr_norm use_dora", LATER),
-    **_each("flow_schedule_auto_shift flow_use_uniform_schedule flow_use_beta_schedule flow_custom_timesteps",
-            Absent(f"{NOT_YET}; use flow_schedule_shift")),
-    **_each("flow_beta_schedule_alpha flow_beta_schedule_beta", Absent(
-        "it acts with flow_use_beta_schedule, which is " + NOT_YET, harmless=True)),
-    "flow_sigmoid_scale": Absent(f"{NOT_YET}; leave it out", off=(*OFF, 1, 1.0, "1", "1.0")),
     "target_downsample_size": Absent("write it on the dataset entry, in multidatabackend.json"),
     "base_model_default_dtype": Absent("what is not quantised is kept in bf16", off=(*OFF, "bf16")),
     **_each("text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision", Absent(
@@ -125,8 +118,9 @@ METHOD_ABSENT_KEYS: dict[str, Absent] = {
     **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
     "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),
     "weak_mode": Absent("it acts with weak_lora_scale, which is " + NOT_YET, harmless=True),
-    **_each("enable_gradient_in_rollout start_gradient_frame chunk_size",
-            Absent("it acts for block-wise students, which are " + NOT_YET)),
+    "enable_gradient_in_rollout": Absent("the exit step always carries the gradient; start_gradient_frame bounds it",
+                                         off=(*OFF, True, "true")),
+    "chunk_size": Absent("use num_frame_per_block"),
     "shift": Absent("use flow_schedule_shift, beside distillation_config"),
 }  # fmt: skip
 
@@ -161,8 +155,7 @@ _LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bn
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": _words("lcm dcm self_forcing diffusion_forcing ode_init"),
-    "lora_type": _words("lycoris"),
+    "distillation_method": _words("lcm dcm"),
     "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
         "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged"

@@ -207,9 +207,6 @@ def _scan_clips(
     usable = [finding for finding in findings if isinstance(finding, VideoSample)]
     rejected = [finding for finding in findings if isinstance(finding, Rejected)]
     notices = [*listing.notices, *_clip_notices(usable)]
-    if table is not None and table.unused:
-        shown = ", ".join(table.unused[:5]) + (", …" if len(table.unused) > 5 else "")
-        notices.append(f"{len(table.unused)} rows of {table.path.name} speak of files that are not there: {shown}")
     return DatasetScan(entry, settings, usable, [*listing.rejected, *rejected], notices)
 
 

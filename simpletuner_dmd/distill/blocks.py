@@ -25,6 +25,8 @@ from simpletuner_dmd.flow import (
     Schedule,
     TextEmbedding,
     add_noise,
+    guidance_is_off,
+    guided,
     sample_few_step,
     x0_from_velocity,
 )
@@ -167,6 +169,39 @@ def sample_blocks(
     """The student's video latents [B, C, F, H, W] from pure noise, all blocks. Arguments as in `stream_blocks`."""
     parts = stream_blocks(denoiser, noise_BCFHW, text, schedule, renoise, fresh_noise, plan, context_noise)
     return torch.cat(list(parts), dim=2)
+
+
+@torch.no_grad()
+def sample_blocks_euler(
+    denoiser: CausalDenoiser,
+    noise_BCFHW: Tensor,
+    text: TextEmbedding,
+    negative: TextEmbedding,
+    sigmas: Sequence[float],
+    guidance: float,
+    plan: BlockPlan,
+) -> Tensor:
+    """Many guided Euler steps per block, as `flow.sample_euler` for whole clips: for a causal model without a ladder.
+
+    Prompt and negative prompt each have their own cache of the finished blocks, which are clean.
+    """
+    prompts = [text] if guidance_is_off(guidance) else [text, negative.expand(len(noise_BCFHW))]
+    caches: list[Cache] = [None] * len(prompts)
+    parts = []
+    for start, stop in plan.blocks:
+        x = noise_BCFHW[:, :, start:stop].float()
+        for sigma, to in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            conditional, *rest = (
+                denoiser.block_velocity(x, _level(sigma, x), prompt, cache=cache, start_frame=start)
+                for prompt, cache in zip(prompts, caches, strict=True)
+            )
+            x = x + (to - sigma) * (guided(rest[0], conditional, guidance) if rest else conditional)
+        parts.append(x)
+        if stop < plan.frames:
+            clean = _level(0.0, x)
+            caches = [denoiser.commit(x, clean, prompt, cache=cache, start_frame=start)
+                      for prompt, cache in zip(prompts, caches, strict=True)]  # fmt: skip
+    return torch.cat(parts, dim=2)
 
 
 # --- training -------------------------------------------------------------------------------------------------------

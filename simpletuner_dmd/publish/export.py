@@ -2,6 +2,7 @@
 
 export/
 ├── diffusers/pytorch_lora_weights.safetensors   (or transformer/) + scheduler/scheduler_config.json
+├── lycoris/<run>.safetensors                    in its place where lora_type is lycoris: see `lycoris`
 ├── comfyui/<run>.safetensors + workflow.json
 ├── sampler.py                                   the exact few-step sampler on stock diffusers
 ├── distill.json                                 what it is, for programs; written after the weights
@@ -61,12 +62,12 @@ def export_lora(
     choice = scheduler_for(info.schedule, info.renoise)
     written = []
     if "diffusers" in formats:
-        metadata = {"format": "pt", **_own_metadata(info, choice, "diffusers")}
-        written.append(_save(directory / "diffusers" / LORA_FILE, folded, metadata))
+        metadata = {"format": "pt", **own_metadata(info, choice, "diffusers")}
+        written.append(save(directory / "diffusers" / LORA_FILE, folded, metadata))
     comfyui_file = f"{info.file_name}.safetensors" if comfyui else None
     if comfyui_file:
-        metadata = {"format": "pt", **_own_metadata(info, choice, "comfyui"), **_foreign_metadata(info, rank, comfyui)}
-        written.append(_save(directory / "comfyui" / comfyui_file, comfyui, metadata))
+        metadata = {"format": "pt", **own_metadata(info, choice, "comfyui"), **foreign_metadata(info, rank, comfyui)}
+        written.append(save(directory / "comfyui" / comfyui_file, comfyui, metadata))
         graph = comfyui_workflow(info, comfyui_file, choice.name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
@@ -75,7 +76,7 @@ def export_lora(
         "trained_alpha": alpha,
         "files": [str(p.relative_to(directory)) for p in written if p.suffix == ".safetensors"],
     }
-    return written + _describe(directory, info, choice, _dtype_name(dtype), comfyui_file, adapter)
+    return written + describe(directory, info, choice, dtype_name(dtype), comfyui_file, adapter)
 
 
 def export_full(directory: Path, transformer: Any, info: ExportInfo) -> list[Path]:
@@ -89,11 +90,11 @@ def export_full(directory: Path, transformer: Any, info: ExportInfo) -> list[Pat
     choice = scheduler_for(info.schedule, info.renoise)
     folder = write_folder(directory / "diffusers" / "transformer", write)
     dtype = getattr(transformer, "dtype", None)
-    return [folder, *_describe(directory, info, choice, _dtype_name(dtype) if dtype else "as saved", None, {})]
+    return [folder, *describe(directory, info, choice, dtype_name(dtype) if dtype else "as saved", None, {})]
 
 
-def _describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights_dtype: str,
-              comfyui_file: str | None, adapter: Mapping[str, Any]) -> list[Path]:  # fmt: skip
+def describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights_dtype: str,
+             comfyui_file: str | None, adapter: Mapping[str, Any]) -> list[Path]:  # fmt: skip
     """Everything beside the weights. distill.json comes late: where it is, the weights are."""
     written = [write_text(directory / "diffusers" / "scheduler" / "scheduler_config.json",
                           choice.scheduler.to_json_string())]  # fmt: skip
@@ -129,6 +130,7 @@ def distill_document(
         "base": info.base_name,
         "base_hash": info.base_hash or None,
         "teacher": info.teacher or None,
+        "teacher_lora": info.teacher_lora.as_dict() if info.teacher_lora else None,
         "trained_sizes": [{"width": w, "height": h, "frames": f} for w, h, f in info.trained_sizes],
         "framerate": info.framerate,
         "tokenizer_max_length": info.tokenizer_max_length,
@@ -152,7 +154,7 @@ def distill_document(
 # --- safetensors metadata: strings only -----------------------------------------------------------------------------
 
 
-def _own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> dict[str, str]:
+def own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> dict[str, str]:
     """The recipe under names of our own. No `lora_adapter_metadata`: diffusers would take it instead of the tensors."""
     sigmas = ", ".join(decimals(sigma) for sigma in (*info.schedule.ladder, 0.0)) if info.schedule.ladder else ""
     entries = {
@@ -166,7 +168,7 @@ def _own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> di
     return {f"simpletuner_dmd.{name}": value for name, value in entries.items() if value}
 
 
-def _foreign_metadata(info: ExportInfo, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def foreign_metadata(info: ExportInfo, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What ComfyUI's and kohya's tools read. No trigger words: a distilled LoRA has none.
 
     ss_base_model_version takes Civitai's own name. Anything with "distill" in it would be shown as "Illustrious" by
@@ -204,9 +206,11 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """A safetensors file, whole or not at all."""
     return write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from simpletuner_dmd.flow import Schedule
+
+
+@dataclass(frozen=True)
+class TeacherLora:
+    """A fine-tune that was merged into the base before anything was trained. file: its name; sha256: of the file."""
+
+    file: str
+    strength: float
+    sha256: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -18,6 +31,7 @@ class ExportInfo:
     training, which then samples with `sampling_steps` steps of Wan's own solver at `guidance`.
     renoise: "sde" or "ode". base: a Hub name or a folder. base_hash: of the base's weights, "" where unknown.
     model_type: "lora" or "full". weights: "ema" or "raw". trained_sizes: (width, height, frames) in pixels.
+    adapter: "standard" (PEFT's LoRA) or "lycoris", where model_type is "lora". teacher_lora: part of the base.
     train_steps: updates of the student. validation_sizes as trained_sizes. hub_repo: where it is published, if it is.
     """
 
@@ -47,6 +61,13 @@ class ExportInfo:
     tool_version: str = ""
     note: str = ""
     hub_repo: str = ""
+    adapter: str = "standard"
+    teacher_lora: TeacherLora | None = None
+
+    @property
+    def lycoris(self) -> bool:
+        """A LyCORIS network: read by the library of that name, not by diffusers alone."""
+        return self.model_type == "lora" and self.adapter == "lycoris"
 
     @property
     def file_name(self) -> str:

@@ -1,4 +1,7 @@
-"""Loads an export with nothing but stock diffusers and compares what it samples with the sampler of training."""
+"""Loads an export with nothing but stock diffusers, and compares what it samples with the sampler of training.
+
+A LyCORIS student is put on the stock transformer by lycoris itself.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key
+from simpletuner_dmd.publish.lycoris import to_comfyui
 from simpletuner_dmd.publish.schedulers import ladder_error
 from simpletuner_dmd.publish.snippets import LORA_FILE
 
@@ -139,6 +143,10 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
             yield
         return
     file = export_dir / document["adapter"]["files"][0]
+    if document["adapter"].get("kind") == "lycoris":
+        with _lycoris(pipeline.transformer, file):
+            yield
+        return
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="load_back")
     except (ValueError, KeyError, RuntimeError) as error:
@@ -153,6 +161,27 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
 
 
 @contextmanager
+def _lycoris(transformer: Any, file: Path) -> Iterator[None]:
+    """A LyCORIS file on the transformer as its users apply it, and off again."""
+    import lycoris
+
+    try:
+        network, tensors = lycoris.create_lycoris_from_weights(1.0, str(file), transformer)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _Unfit(f"lycoris refuses {file.name}: {error}") from error
+    # A module that lycoris finds no layer for is left out without a word.
+    if len(network.loras) != (named := len({key.partition(".")[0] for key in tensors})):
+        raise _Unfit(f"lycoris finds {len(network.loras)} of the {named} modules of {file.name} in the base")
+    for module in network.loras:
+        module.to(transformer.device, transformer.dtype)
+    network.apply_to()
+    try:
+        yield
+    finally:
+        network.restore()
+
+
+@contextmanager
 def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
     former = getattr(pipeline, name)
     setattr(pipeline, name, component)
@@ -164,6 +193,9 @@ def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
 
 def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
     """The ComfyUI file holds the same factors under its names, so the same delta weights; and no alpha."""
+    if (document["adapter"] or {}).get("kind") == "lycoris":
+        _compare_lycoris(export_dir, document)
+        return
     files = [export_dir / name for name in (document["adapter"] or {}).get("files", [])]
     for file in files:
         if not file.exists():
@@ -177,6 +209,22 @@ def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
     for name, key in expected.items():
         if not torch.equal(theirs[name], ours[key]):
             raise _Unfit(f"comfyui/{files[1].name} differs from {LORA_FILE} at {name}")
+
+
+def _compare_lycoris(export_dir: Path, document: dict[str, Any]) -> None:
+    """The same of a LyCORIS export; ComfyUI takes alpha = rank where a file has none, which this file was made for."""
+    files = [export_dir / name for name in document["adapter"]["files"]]
+    for file in files:
+        if not file.exists():
+            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
+    if len(files) < 2:
+        return
+    expected, theirs = to_comfyui(load_file(files[0])), load_file(files[1])
+    if expected is None or expected.keys() != theirs.keys():
+        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as lycoris/{files[0].name}")
+    for name, tensor in expected.items():
+        if not torch.equal(theirs[name], tensor):
+            raise _Unfit(f"comfyui/{files[1].name} differs from lycoris/{files[0].name} at {name}")
 
 
 def _load_sampler(path: Path) -> Any:

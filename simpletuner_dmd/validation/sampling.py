@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from simpletuner_dmd.distill.blocks import BlockPlan, CausalDenoiser, stream_blocks
+from simpletuner_dmd.distill.blocks import BlockPlan, CausalDenoiser, sample_blocks_euler, stream_blocks
 from simpletuner_dmd.flow import (
     Denoiser,
     NoiseSource,
@@ -90,6 +90,9 @@ class Sampler:
         if self.schedule.ladder:
             return sample_few_step(denoiser, first, text, self.schedule, self.renoise, fresh)
         sigmas = euler_sigmas(self.steps, self.schedule.shift)
+        if self.blocks is not None:
+            plan, student = self.blocks.plan(first.shape[2]), cast(CausalDenoiser, denoiser)
+            return sample_blocks_euler(student, first, text, negative, sigmas, self.guidance, plan)
         return sample_euler(denoiser, first, text, negative, sigmas, self.guidance)
 
     def stream(self, denoiser: Denoiser, first: Tensor, fresh: NoiseSource, text: TextEmbedding) -> Iterator[Tensor]:

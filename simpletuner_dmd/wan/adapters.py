@@ -33,13 +33,17 @@ CONDITIONING_TARGETS = (
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One LoRA: its rank, alpha (scale = alpha / rank), initialisation and targets (None: DEFAULT_TARGETS)."""
+    """One LoRA: its rank, alpha (scale = alpha / rank), initialisation and targets (None: DEFAULT_TARGETS).
+
+    dora: also trains the norm of each row of the adapted weights (Liu et al. 2024, "DoRA").
+    """
 
     rank: int
     alpha: float
     init: str | bool = True
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    dora: bool = False
 
 
 AdapterState = tuple[str | None, float]
@@ -51,6 +55,13 @@ class AdapterSwitch:
     def __init__(self, transformer: nn.Module, specs: dict[str, AdapterSpec], seed: int) -> None:
         self.transformer = transformer
         transformer.requires_grad_(False)
+        self.state: AdapterState = (None, 1.0)
+        self._attach(specs, seed)
+        self._apply(self.state)
+
+    def _attach(self, specs: dict[str, AdapterSpec], seed: int) -> None:
+        """Adds the adapters, in fp32 and with gradients, none of them selected yet."""
+        transformer = self.transformer
         network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -63,8 +74,6 @@ class AdapterSwitch:
             parameter.requires_grad_(adapter is not None)
             if adapter is not None:
                 parameter.data = parameter.data.float()  # what trains is kept in fp32
-        self.state: AdapterState = (None, 1.0)
-        self._apply(self.state)
 
     def _apply(self, state: AdapterState) -> None:
         name, scale = state
@@ -93,7 +102,7 @@ class AdapterSwitch:
         return [
             (name.replace(f".{adapter}.", "."), parameter)
             for name, parameter in self.transformer.named_parameters()
-            if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
+            if adapter_of(name, [adapter]) is not None
         ]
 
 
@@ -110,5 +119,6 @@ def _lora_config(spec: AdapterSpec) -> LoraConfig:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         init_lora_weights=spec.init,
+        use_dora=spec.dora,
         target_modules=list(spec.targets or DEFAULT_TARGETS),
     )

@@ -191,7 +191,7 @@ def attach(transformer: nn.Module) -> Attachment:
     return attachment
 
 
-class CausalWanDenoiser:
+class CausalWanDenoiser(WanDenoiser):
     """One role that works block by block. Implements flow.Denoiser and distill.blocks.CausalDenoiser.
 
     blocks: partition of a clip. window: how far blocks look back. The other arguments are WanDenoiser's.
@@ -204,22 +204,20 @@ class CausalWanDenoiser:
         adapter: str | None,
         autocast: torch.dtype | None = None,
         *,
+        scale: float = 1.0,
         blocks: Blocks,
         window: Window = Window(),  # noqa: B008 (frozen)
     ) -> None:
-        self.plain = WanDenoiser(transformer, switch, adapter, autocast)
-        self.transformer, self.switch, self.adapter, self.autocast = transformer, switch, adapter, autocast
+        super().__init__(transformer, switch, adapter, autocast, scale=scale)
         self.blocks, self.window = blocks, window
         self.attachment = attach(transformer)
-        network: Any = transformer
-        self.layers: int = len(network.blocks)
-        self.longest: int = network.rope.max_seq_len
-        self.patch: tuple[int, int, int] = tuple(network.config.patch_size)
+        self.longest: int = self._network.rope.max_seq_len
 
     def velocity(
         self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
     ) -> Tensor:
         """A whole clip through block-causal attention, earlier blocks as noisy as given. sigma [B] or [B, F]."""
+        assert routed is None, "TREAD drops tokens and their plan with them: not for a causal pass"
         per_frame = self._tokens_per_frame(x_t_BCFHW)
 
         def tokens(frames: FrameRange) -> slice:
@@ -234,13 +232,13 @@ class CausalWanDenoiser:
                 ranges.append((start, stop))
             attends.append((tokens((start, stop)), [tokens(frames) for frames in ranges]))
         assert attends[-1][0].stop == x_t_BCFHW.shape[2] * per_frame, "the blocks do not cover the clip"
-        return self._forward(x_t_BCFHW, sigma, text, Request(0, attends), routed)
+        return self._attending(x_t_BCFHW, sigma, text, Request(0, attends))
 
     def block_velocity(
         self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: KVCache | None, start_frame: int
     ) -> Tensor:
         """One block that starts at `start_frame` and sees the cached blocks; no gradient reaches these."""
-        return self._forward(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame), None)
+        return self._attending(x_t_BCFHW, sigma, text, self._block_request(x_t_BCFHW, cache, start_frame))
 
     @torch.no_grad()
     def commit(
@@ -248,11 +246,11 @@ class CausalWanDenoiser:
     ) -> KVCache:
         """Runs a finished block once more, at the noise level of the context, and returns the cache that has it too."""
         request = self._block_request(x_BCFHW, cache, start_frame)
-        kept: list[tuple[Tensor, Tensor] | None] = [None] * self.layers
+        kept: list[tuple[Tensor, Tensor] | None] = [None] * self.depth
         request.kept = kept
-        self._forward(x_BCFHW, sigma, text, request, None)
+        self._attending(x_BCFHW, sigma, text, request)
         pairs = [pair for pair in kept if pair is not None]
-        assert len(pairs) == self.layers, "a layer kept no keys: something took the plan out of the rotary argument"
+        assert len(pairs) == self.depth, "a layer kept no keys: something took the plan out of the rotary argument"
         stop = start_frame + x_BCFHW.shape[2]
         new = Chunk(start_frame, stop, tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
         chunks = (*(cache.chunks if cache else ()), new)
@@ -264,7 +262,8 @@ class CausalWanDenoiser:
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _tokens_per_frame(self, x_BCFHW: Tensor) -> int:
-        return (x_BCFHW.shape[3] // self.patch[1]) * (x_BCFHW.shape[4] // self.patch[2])
+        _, height, width = self.token_grid(x_BCFHW.shape[1:])
+        return height * width
 
     def _block_request(self, x_BCFHW: Tensor, cache: KVCache | None, start_frame: int) -> Request:
         cache = cache or KVCache()
@@ -280,20 +279,13 @@ class CausalWanDenoiser:
         own = slice(0, x_BCFHW.shape[2] * per_frame)
         return Request(start_frame, [(own, [own])], past)
 
-    def _forward(
-        self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request, routed: Routing | None
-    ) -> Tensor:
-        assert routed is None, "TREAD drops tokens and their plan with them: not for a causal pass"
+    def _attending(self, x: Tensor, sigma: Tensor, text: TextEmbedding, request: Request) -> Tensor:
         stop = request.start_frame + x.shape[2]
         if stop > self.longest:
-            raise ValueError(
-                f"a video of {stop} latent frames is longer than the {self.longest} positions of this model"
-            )
-        if sigma.ndim == 2:
-            sigma = sigma.repeat_interleave(self._tokens_per_frame(x), dim=1)  # the model takes one per token
+            raise ValueError(f"a video of {stop} latent frames is longer than this model's {self.longest} positions")
         self.attachment.request = request
         try:
-            velocity = self.plain.velocity(x, sigma, text)
+            velocity = super().velocity(x, sigma, text)
             assert self.attachment.request is None, "the model did not ask its rope: causal attention did not happen"
         finally:
             self.attachment.request = None

@@ -264,7 +264,7 @@ def test_unreadable_files(home: Path) -> None:
         ({"report_to": "swanlab"}, "report_to", "must be one of: wandb, tensorboard, trackio"),
         ({"optimizer": "bnb-adamw8bit"}, "optimizer", "not available yet in this version"),
         ({"optimizer": "adamw_bf61"}, "optimizer", 'did you mean "adamw_bf16"?'),
-        ({"lora_type": "lycoris"}, "lora_type", "not available yet"),
+        ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
             {"distillation_method": "lcm", "distillation_config": {"w_min": 1}},
             "distillation_method",
@@ -275,7 +275,21 @@ def test_unreadable_files(home: Path) -> None:
         ({"model_type": "full", "mixed_precision": "fp16"}, "mixed_precision", "bf16"),
         ({**DMD, "lora_dropout": 0.1}, "lora_dropout", "dropout would make"),
         ({"pretrained_model_name_or_path": "./absent"}, "pretrained_model_name_or_path", "there is no ./absent"),
-        ({"flow_use_uniform_schedule": True}, "flow_use_uniform_schedule", "flow_schedule_shift"),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_beta_schedule",
+            "flow_use_uniform_schedule and flow_use_beta_schedule each say",
+        ),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True, "flow_custom_timesteps": "500"},
+            "flow_custom_timesteps",
+            "keep one of them",
+        ),
+        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 3}, "flow_schedule_auto_shift", "remove one"),
+        ({**DMD, "flow_schedule_auto_shift": True}, "flow_schedule_auto_shift", "one ladder for every size"),
+        ({"flow_custom_timesteps": "1000,0"}, "flow_custom_timesteps", "above 0"),
+        ({"flow_custom_timesteps": []}, "flow_custom_timesteps", "at least one"),
+        ({"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 0}, "flow_beta_schedule_alpha", "0.1"),
         ({"validation_guidance_skip_layers": [9]}, "validation_guidance_skip_layers", "not available yet"),
         ({"model_family": "flux"}, "model_family", "must be one of: wan"),
     ],
@@ -314,9 +328,25 @@ def test_a_full_critic_beside_a_quantised_base_is_refused(home: Path) -> None:
 
 
 def test_simpletuner_keys_that_are_off_or_cannot_change_the_training_are_only_mentioned(home: Path) -> None:
-    content = {"flow_use_uniform_schedule": False, "offload_during_startup": True, "snr_gamma": 0}
+    content = {"masked_loss_probability": 1, "offload_during_startup": True, "snr_gamma": 0}
     notices = loaded(home, content).notices
     assert [notice.split()[0] for notice in notices][:3] == list(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, "flow_sigmoid_scale has no effect"),
+        ({"flow_beta_schedule_alpha": 3}, "flow_beta_schedule_alpha: no effect without flow_use_beta_schedule"),
+        ({"flow_custom_timesteps": "1000, 500", "flow_schedule_shift": 3}, "acts on validation only"),
+        ({"flow_custom_timesteps": "500", "flow_schedule_auto_shift": True}, "taken as they are"),
+        ({**DMD, "flow_use_uniform_schedule": True}, "flow_use_uniform_schedule: no effect here"),
+    ],
+)
+def test_noise_options_that_another_one_overrules_are_mentioned(
+    home: Path, content: dict[str, object], expected: str
+) -> None:
+    assert len([notice for notice in loaded(home, content).notices if expected in notice]) == 1
 
 
 def test_environment_variables_of_other_purposes_are_left_alone(home: Path) -> None:

@@ -156,6 +156,8 @@ def test_captions_from_a_table_beside_the_files(tmp_path: Path, config: TrainCon
     assert captions(result) == [("one",), ("two\nlines",)]
     assert [(bad.path.name, bad.kind) for bad in result.rejected] == [("c.mp4", "no caption")]
     assert any("1 rows of" in notice and "absent.mp4" in notice for notice in result.notices)
+    short = look(entry(folder, caption_strategy=kind, video={"num_frames": 81}, max_num_samples=1), config)
+    assert short.notices == result.notices, "a file that is left out is still there"
     named = scan(entry(folder, caption_strategy=kind, metadata_backend="json" if kind == "jsonl" else kind), config)
     assert captions(named) == captions(result)
     assert [(bad.path.name, bad.kind) for bad in named.rejected] == [("absent.mp4", CANNOT_READ)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import TextEmbedding
+from simpletuner_dmd.flow import Routing, TextEmbedding
 
 from .oracles import gaussian_velocity
 
@@ -20,7 +20,9 @@ class JointGaussian:
     mean: Tensor
     covariance: Tensor
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return gaussian_velocity(x_t_BCFHW.transpose(1, 2), sigma, self.mean, self.covariance).transpose(1, 2)
 
 
@@ -67,42 +69,74 @@ class FrameSum(nn.Module):
 
 
 class AffineCausalStudent(nn.Module):
-    """One rung: x0_f = scale_f x_f + sum over earlier frames of memory_fg x0_g + offset_f."""
+    """At every rung x0_f = scale_f x_f + sum over earlier frames of memory_fg x0_g + offset_f, each rung its own."""
 
-    def __init__(self, frames: int) -> None:
+    def __init__(self, frames: int, ladder: tuple[float, ...] = (1.0,)) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((frames,), 0.5))
-        self.memory = nn.Parameter(torch.zeros(frames, frames))
-        self.offset = nn.Parameter(torch.zeros(frames))
+        self.ladder, rungs = torch.tensor(ladder), len(ladder)
+        self.scale = nn.Parameter(torch.full((rungs, frames), 0.5))
+        self.memory = nn.Parameter(torch.zeros(rungs, frames, frames))
+        self.offset = nn.Parameter(torch.zeros(rungs, frames))
 
     def block_velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: Any,
                        start_frame: int) -> Tensor:  # fmt: skip
         assert x_t_BCFHW.shape[2] == 1, "written for blocks of one frame"
-        x0 = self.scale[start_frame] * x_t_BCFHW + self.offset[start_frame]
+        rung = int((self.ladder - sigma[0]).abs().argmin())
+        x0 = self.scale[rung, start_frame] * x_t_BCFHW + self.offset[rung, start_frame]
         if cache:
             past = torch.cat(cache, dim=2)
-            x0 = x0 + torch.einsum("f,bcfhw->bchw", self.memory[start_frame, : past.shape[2]], past)[:, :, None]
+            weights = self.memory[rung, start_frame, : past.shape[2]]
+            x0 = x0 + torch.einsum("f,bcfhw->bchw", weights, past)[:, :, None]
         return (x_t_BCFHW - x0) / sigma[:, None, None, None, None]
 
     def commit(self, x_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, cache: Any, start_frame: int) -> Any:
         return (*(cache or ()), x_BCFHW)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         raise AssertionError("self-forcing never runs the student over a whole clip")
 
     @torch.no_grad()
-    def distribution(self) -> tuple[Tensor, Tensor]:
-        """Mean [F] and covariance [F, F] of its clips from noise."""
-        solved = torch.linalg.inv(torch.eye(len(self.scale)) - self.memory.tril(-1))
-        mixing = solved * self.scale
-        return solved @ self.offset, mixing @ mixing.T
+    def conditional(self, rung: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a block that leaves at `rung` ("sde"): memory [F, F] of earlier frames, variance [F], offset [F]."""
+        memory, variance, offset = torch.zeros(self.memory.shape[1:]), torch.ones(()), torch.zeros(())
+        for at in range(rung + 1):
+            s = self.ladder[at]
+            kept = self.scale[at] * (1 - s)  # of the x0 before; sigma 1 keeps nothing of it
+            memory = self.memory[at].tril(-1) + kept[:, None] * memory
+            variance = kept**2 * variance + (self.scale[at] * s) ** 2
+            offset = self.offset[at] + kept * offset
+        return memory, variance, offset
+
+    @torch.no_grad()
+    def distribution(self, rung: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean [F] and covariance [F, F] of its clips whose every block leaves at `rung`."""
+        memory, variance, offset = self.conditional(rung)
+        solved = torch.linalg.inv(torch.eye(len(memory)) - memory)
+        return solved @ offset, solved * variance @ solved.T
 
 
 @dataclass
 class CausalOracleCritic:
-    """What a critic trained to the end would say of an AffineCausalStudent: it judges the clip as a whole."""
+    """What a critic trained to the end would say of an AffineCausalStudent: it judges the clip as a whole.
+
+    Clips leave the ladder at every rung equally often, all blocks at the same one: a mixture of Gaussians.
+    """
 
     student: AffineCausalStudent
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
-        return JointGaussian(*self.student.distribution()).velocity(x_t_BCFHW, sigma, text)
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
+        velocities, densities = [], []
+        for rung in range(len(self.student.ladder)):
+            mean, covariance = self.student.distribution(rung)
+            s = sigma[:, None, None]
+            marginal = (1 - s) ** 2 * covariance + s**2 * torch.eye(len(mean))
+            centred = x_t_BCFHW[:, 0, :, :, :].flatten(2) - (1 - s) * mean[:, None]
+            exponent = (centred * torch.linalg.solve(marginal, centred)).sum((1, 2))
+            densities.append(-0.5 * (exponent + centred.shape[2] * torch.logdet(marginal)))
+            velocities.append(JointGaussian(mean, covariance).velocity(x_t_BCFHW, sigma, text))
+        share = torch.stack(densities).softmax(0)[..., None, None, None, None]
+        return (share * torch.stack(velocities)).sum(0)

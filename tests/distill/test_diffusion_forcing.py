@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from simpletuner_dmd.config.methods.blockwise import DiffusionForcingConfig
 from simpletuner_dmd.distill.diffusion_forcing import DiffusionForcing, DiffusionForcingSettings, build
 from simpletuner_dmd.distill.method import Ingredients
-from simpletuner_dmd.flow import Schedule, SigmaWindow, TextEmbedding, unshifted
+from simpletuner_dmd.flow import Routing, Schedule, SigmaWindow, TextEmbedding, unshifted
 from simpletuner_dmd.randomness import RandomStream
 
 from .causal_toys import autoregressive
@@ -33,7 +33,9 @@ class LinearCausal(nn.Module):
         self.gain = nn.Parameter(torch.zeros(FRAMES, FRAMES))
         self.visible = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]])
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return torch.einsum("fg,bcghw->bcfhw", self.gain * self.visible, x_t_BCFHW)
 
 

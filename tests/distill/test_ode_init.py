@@ -21,7 +21,7 @@ from simpletuner_dmd.distill.ode_init import (
     teacher_trajectory,
     trajectory_sigmas,
 )
-from simpletuner_dmd.flow import Schedule, TextEmbedding, sample_euler, uniform_ladder
+from simpletuner_dmd.flow import Routing, Schedule, TextEmbedding, sample_euler, uniform_ladder
 from simpletuner_dmd.randomness import RandomStream
 
 from .oracles import CPU, FastStream, GaussianTeacher, Spy, gaussian_velocity, make_batch, text_of
@@ -43,7 +43,9 @@ class PerRung(nn.Module):
         self.matrix = nn.Parameter(0.5 * torch.eye(2).repeat(len(ladder), 1, 1))
         self.offset = nn.Parameter(torch.zeros(len(ladder), 2))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         sigma_BF = sigma if sigma.ndim == 2 else sigma[:, None].expand(-1, x_t_BCFHW.shape[2])
         rung_BF = (sigma_BF[..., None] - self.ladder).abs().argmin(-1)
         x0 = torch.einsum("bfij,bjfhw->bifhw", self.matrix[rung_BF], x_t_BCFHW)

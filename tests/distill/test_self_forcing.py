@@ -32,7 +32,7 @@ def parts(student: object, ladder: tuple[float, ...] = (1.0,), **changes: object
 
 
 def train(student: AffineCausalStudent, steps: int = 1200, **changes: object) -> None:
-    method = build(parts(student, **changes))
+    method = build(parts(student, ladder=tuple(student.ladder.tolist()), **changes))
     optimizer = torch.optim.Adam(student.parameters(), lr=0.03)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     batch = make_batch(64, (1, FRAMES, 1, 2))
@@ -54,16 +54,32 @@ def test_a_causal_student_learns_the_joint_distribution_of_the_frames() -> None:
     mean, covariance = student.distribution()
     assert float((mean - MEAN).abs().max()) < 2e-5
     assert float((covariance - autoregressive(FRAMES, MEMORY)).abs().max()) < 1e-4
-    assert float((student.memory.detach().diagonal(-1) - MEMORY).abs().max()) < 3e-4
-    assert float((student.scale.detach()[1:] - (1 - MEMORY**2) ** 0.5).abs().max()) < 5e-5
+    assert float((student.memory.detach()[0].diagonal(-1) - MEMORY).abs().max()) < 3e-4
+    assert float((student.scale.detach()[0, 1:] - (1 - MEMORY**2) ** 0.5).abs().max()) < 5e-5
+
+
+def test_both_exits_of_a_two_step_student_give_that_distribution() -> None:
+    """Early exits train the first step, late ones the second on what the first left, re-noised and remembered.
+
+    The critic sees clips of both exits and cannot tell them apart: what they share converges, what is opposite in the
+    two moves only as fast as the critic can see two modes in it. So their average is held tight, each alone less.
+    """
+    student = AffineCausalStudent(FRAMES, (1.0, 0.5))
+    train(student, steps=1500, same_step_across_blocks=True)
+    first, second = student.distribution(0), student.distribution(1)
+    truth = (MEAN, autoregressive(FRAMES, MEMORY))
+    for early, late, exact, together in zip(first, second, truth, (6e-4, 5e-3), strict=True):
+        assert float(((early + late) / 2 - exact).abs().max()) < together
+        assert float((early - exact).abs().max()) < 0.1
+        assert float((late - exact).abs().max()) < 0.1
 
 
 def test_frames_before_the_gradient_window_do_not_train() -> None:
     student = AffineCausalStudent(FRAMES)
     train(student, steps=20, start_gradient_frame=-2)
-    assert torch.equal(student.scale.detach()[:2], torch.full((2,), 0.5))
-    assert not bool(student.memory.detach()[:2].any())
-    assert not bool((student.scale.detach()[2:] == 0.5).any())
+    assert torch.equal(student.scale.detach()[0, :2], torch.full((2,), 0.5))
+    assert not bool(student.memory.detach()[0, :2].any())
+    assert not bool((student.scale.detach()[0, 2:] == 0.5).any())
 
 
 def test_the_critic_learns_from_the_students_rollout_of_the_same_step() -> None:
@@ -97,7 +113,7 @@ def test_one_noise_window_holds_the_windows_of_all_blocks() -> None:
     inner = method.teacher
 
     class Watching:
-        def velocity(self, x_t_BCFHW, sigma, text, *, routed=False):
+        def velocity(self, x_t_BCFHW, sigma, text, *, routed=None):
             seen.extend(sigma.tolist())
             return inner.velocity(x_t_BCFHW, sigma, text)
 

@@ -10,18 +10,32 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.config.methods.blockwise import SelfForcingConfig
 from simpletuner_dmd.distill.blocks import (
     BlockPlan,
     BlockRolloutSettings,
     Exit,
     roll_out_blocks,
     sample_blocks,
+    sample_blocks_euler,
     stream_blocks,
 )
-from simpletuner_dmd.flow import TIMESTEPS, Batch, Schedule, TextEmbedding, x0_from_velocity
+from simpletuner_dmd.distill.method import Ingredients
+from simpletuner_dmd.distill.self_forcing import build
+from simpletuner_dmd.flow import (
+    TIMESTEPS,
+    Batch,
+    Schedule,
+    TextEmbedding,
+    sample_euler,
+    uniform_ladder,
+    x0_from_velocity,
+)
 from simpletuner_dmd.randomness import RandomStream
-from simpletuner_dmd.wan.adapters import AdapterSwitch, BlockRunner
+from simpletuner_dmd.wan.adapters import AdapterSwitch
 from simpletuner_dmd.wan.causal import CausalProcessor, CausalWanDenoiser, KVCache, Window, attach
+from simpletuner_dmd.wan.denoiser import WanDenoiser
+from simpletuner_dmd.wan.runner import BlockRunner
 
 from .tiny import CHANNELS, LORA, TEXT_ROWS, prompts, tiny_wan
 
@@ -205,10 +219,11 @@ def test_the_cache_holds_what_the_window_can_still_see_and_is_never_written_to()
     x, cache, sizes = clip(12), KVCache(), []
     sigma = torch.zeros(2)
     for start in range(0, 12, 2):
-        before, old = cache, [tensor.clone() for chunk in cache.chunks for tensor in chunk.keys]
+        before, copied = cache, [tensor.clone() for chunk in cache.chunks for tensor in chunk.keys]
         cache = student.commit(x[:, :, start : start + 2], sigma, text, cache=cache, start_frame=start)
         kept = [tensor for chunk in before.chunks for tensor in chunk.keys]
-        assert all(torch.equal(now, then) for now, then in zip(kept, old, strict=True))
+        assert all(torch.equal(now, then) for now, then in zip(kept, copied, strict=True))
+        assert all(any(chunk is old for old in before.chunks) for chunk in cache.chunks[:-1])  # shared, not copied
         sizes.append(tuple(chunk.start for chunk in cache.chunks))
         assert not any(tensor.requires_grad for chunk in cache.chunks for tensor in (*chunk.keys, *chunk.values))
     assert sizes == [(0,), (0, 2), (0, 2, 4), (0, 4, 6), (0, 6, 8), (0, 8, 10)]
@@ -216,7 +231,7 @@ def test_the_cache_holds_what_the_window_can_still_see_and_is_never_written_to()
 
 def test_a_video_longer_than_the_positions_of_the_model_is_a_clear_mistake() -> None:
     student, text = causal(tiny_wan()), prompts(1)
-    with pytest.raises(ValueError, match="33 latent frames is longer than the 32 positions"):
+    with pytest.raises(ValueError, match="33 latent frames is longer than this model's 32 positions"):
         student.velocity(clip(33, 1), torch.tensor([0.5]), text)
     cache = KVCache(stop=31)
     with torch.no_grad():
@@ -236,7 +251,7 @@ def test_a_window_too_small_for_a_block_is_a_clear_mistake() -> None:
 def test_under_autocast_the_cache_is_as_narrow_as_the_computation() -> None:
     network, text = tiny_wan(), prompts()
     student = causal(network)
-    student.plain.autocast = torch.bfloat16
+    student.autocast = torch.bfloat16
     x, sigma_BF = clip(6), levels(student, 6)
     cache = student.commit(x[:, :, :2], sigma_BF[:, 0], text, cache=None, start_frame=0)
     assert {tensor.dtype for chunk in cache.chunks for tensor in (*chunk.keys, *chunk.values)} == {torch.bfloat16}
@@ -349,3 +364,56 @@ def test_the_context_pass_is_a_full_pass_with_the_past_at_its_own_level() -> Non
     sigma_BF = torch.cat([context_B[:, None].expand(-1, 4), sigma_B[:, None].expand(-1, 2)], dim=1)
     full = x0_from_velocity(sequence, student.velocity(sequence, sigma_BF, text), sigma_BF)[:, :, 4:]
     assert float((cached - full).norm() / full.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@torch.no_grad()
+def test_many_guided_steps_block_by_block_are_those_of_the_whole_sequence(guidance: float) -> None:
+    """Every Euler step of a block against one full pass over [finished blocks at level 0, the block at its sigma]."""
+    student, text, negative, noise = causal(tiny_wan()), prompts(), prompts(1, seed=8), clip(6)
+    sigmas = uniform_ladder(3, 5.0)
+    sampled = sample_blocks_euler(student, noise, text, negative, sigmas, guidance, BlockPlan(6, 2))
+    done = torch.empty(2, CHANNELS, 0, HEIGHT, WIDTH)
+    for start in (0, 2, 4):
+        x = noise[:, :, start : start + 2]
+        for sigma, to in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+            sigma_BF = torch.cat([torch.zeros(2, start), torch.full((2, 2), sigma)], dim=1)
+            sequence = torch.cat([done, x], dim=2)
+            v = student.velocity(sequence, sigma_BF, text)
+            u = student.velocity(sequence, sigma_BF, negative.expand(2))
+            x = x + (to - sigma) * (u + guidance * (v - u))[:, :, start:]
+        done = torch.cat([done, x], dim=2)
+    assert float((sampled - done).norm() / done.norm()) < 1e-5
+    whole = sample_blocks_euler(student, noise, text, negative, sigmas, guidance, BlockPlan(6, 6))
+    everything = causal(tiny_wan(), 6)
+    assert torch.equal(whole, sample_euler(everything, noise, text, negative, sigmas, guidance))
+
+
+def self_forcing_gradients(checkpointing: bool) -> dict[str, dict[str, Tensor]]:
+    """Both turns of one step, three roles on one base: gradients by turn and parameter."""
+    student, switch = lora_student(checkpointing)
+    base = student.transformer
+    teacher, critic = WanDenoiser(base, switch, None), WanDenoiser(base, switch, "critic")
+    options = SelfForcingConfig(num_frame_per_block=2, context_noise=50.0)
+    method = build(Ingredients(teacher, student, LADDER, options, torch.device("cpu"), critic=critic))
+    shape = (CHANNELS, 5, HEIGHT, WIDTH)
+    batch, stream = Batch((0, 1), prompts(), prompts(1, seed=2), shape), RandomStream(0, 1, (0, 1))
+    found = {}
+    for turn in method.turns(0):
+        for loss in turn.losses(batch, stream):
+            loss.value.backward()
+        found[turn.role] = {name: parameter.grad for name, parameter in base.named_parameters()
+                            if parameter.grad is not None}  # fmt: skip
+        base.zero_grad(set_to_none=True)
+    return found
+
+
+def test_both_turns_of_self_forcing_share_a_base_and_reach_their_own_role_only() -> None:
+    plain, recomputed = self_forcing_gradients(False), self_forcing_gradients(True)
+    for role in ("student", "critic"):
+        assert len(plain[role]) == 2 * 2 * 10
+        assert all(f".{role}." in name for name in plain[role])
+        largest = max(float(gradient.norm()) for gradient in plain[role].values())
+        assert largest > 0
+        for name, gradient in plain[role].items():
+            assert float((recomputed[role][name] - gradient).norm()) < 1e-6 * largest

@@ -1,11 +1,17 @@
 """The settings of every distillation method, by the name that `distillation_method` gives it."""
 
 from simpletuner_dmd.config.methods.base import DistillationOptions
+from simpletuner_dmd.config.methods.blockwise import DiffusionForcingConfig, OdeInitConfig, SelfForcingConfig
 from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dmd import DmdConfig
+from simpletuner_dmd.config.methods.rcm import RcmConfig
 
 METHODS: dict[str, type[DistillationOptions]] = {
     "dmd": DmdConfig,
+    "self_forcing": SelfForcingConfig,
+    "diffusion_forcing": DiffusionForcingConfig,
+    "ode_init": OdeInitConfig,
+    "rcm": RcmConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig"]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "RcmConfig"]

@@ -149,8 +149,8 @@ class DistillationOptions(Options):
         return found
 
 
-def ladder(value: Any) -> list[float]:
-    """A person's list of steps."""
+def ladder_steps(value: Any) -> list[float]:
+    """A written ladder as numbers."""
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -160,7 +160,7 @@ def ladder(value: Any) -> list[float]:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )

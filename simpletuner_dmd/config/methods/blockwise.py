@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, ladder
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, ladder_steps
 from simpletuner_dmd.config.methods.critic import CriticOptions
 
 if TYPE_CHECKING:
@@ -50,13 +50,17 @@ class BlockOptions(DistillationOptions):
         return found
 
 
+FOUR_STEPS = (1000.0, 937.5, 2500 / 3, 625.0)
+"""Four steps warped by a shift of 5, the ladder of the Self-Forcing and CausVid students."""
+
+
 class SelfForcingConfig(BlockOptions, CriticOptions):
     """Self-Forcing: DMD on clips that a causal student makes block by block from its own earlier blocks."""
 
     title: ClassVar[str] = "Self-Forcing"
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder)] = Field(
-        (1000.0, 937.5, 2500 / 3, 625.0),
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+        FOUR_STEPS,
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
     same_step_across_blocks: bool = Field(
@@ -104,6 +108,9 @@ class OdeInitConfig(BlockOptions, LadderOptions):
 
     title: ClassVar[str] = "ODE initialisation"
 
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+        FOUR_STEPS, description="The student's steps, as timesteps on the shifted scale, used literally."
+    )
     causal: bool = Field(True, description="The student works block by block, for self-forcing; false: whole clips.")
     context_noise: float = Field(
         0.0, ge=0, lt=TIMESTEPS, description="Noise on finished blocks when the student is sampled, as a timestep."

@@ -68,14 +68,19 @@ def _from_folder(
         for path in paths
         if path.suffix.lower() not in CAPTION_FILES and not _is_table(path, table_path)
     ]
-    if entry.metadata_backend != "discovery":
-        assert captions is not None and table_path is not None, "a metadata backend is a table"
-        known = captions
-        listing.items = [item for item in listing.items if known.knows(item.name)]
-        listing.rejected += [
-            Rejected(folder / name, f"{table_path.name} names it, and it is not there", kind=CANNOT_READ)
-            for name in known.unused
-        ]
+    if captions is not None and table_path is not None:
+        # Before any file is judged or left out by max_num_samples, so that what no file asks for is known.
+        named = [item for item in listing.items if captions.knows(item.name)]
+        if entry.metadata_backend != "discovery":
+            listing.items = named
+            listing.rejected += [
+                Rejected(folder / name, f"{table_path.name} names it, and it is not there", kind=CANNOT_READ)
+                for name in captions.unused
+            ]
+        elif captions.unused:
+            shown = ", ".join(captions.unused[:5]) + (", …" if len(captions.unused) > 5 else "")
+            count = len(captions.unused)
+            listing.notices.append(f"{count} rows of {table_path.name} speak of files that are not there: {shown}")
     listing.items = chosen(listing.items, settings.max_num_samples, settings.id)
     return listing, captions if by_table or (entry.type == "huggingface" and captions) else None
 
