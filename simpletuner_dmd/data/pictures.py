@@ -36,7 +36,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         kind = kind_of_file(path)
         if kind.endswith(" picture"):
             raise UnusableFile(path, f"cannot be decoded: {kind} that Pillow does not know, or damaged") from error
-        raise UnusableFile(path, f"not a picture: it is {kind}", kind=WRONG_KIND) from error
+        # A video may belong to a dataset of videos in the same folder: nothing is wrong with the file.
+        raise UnusableFile(path, f"not a picture: it is {kind}", not kind.endswith("video"), WRONG_KIND) from error
     except Image.DecompressionBombError as error:
         raise UnusableFile(path, f"too large to be decoded safely: {error}") from error
     except (PermissionError, FileNotFoundError) as error:
@@ -48,7 +49,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def probe_picture(path: Path) -> tuple[int, int]:
     """(width, height) as shown, after decoding all of it. Raises UnusableFile."""
     if (kind := kind_of_file(path)) == "a GIF video":
-        raise UnusableFile(path, f"not a picture: it is {kind}", kind=WRONG_KIND)
+        raise UnusableFile(path, f"not a picture: it is {kind}", damaged=False, kind=WRONG_KIND)
     with _opened(path) as image:
         image.load()
         width, height = image.size

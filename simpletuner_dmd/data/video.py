@@ -56,7 +56,9 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path), metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not _is_cover_picture(s)]
             if NOT_VIDEO.search(container.format.name):
-                raise UnusableFile(path, f"not a video: it is {kind_of_file(path)}", kind=WRONG_KIND)
+                kind = kind_of_file(path)
+                # A picture may belong to a dataset of pictures in the same folder: nothing is wrong with the file.
+                raise UnusableFile(path, f"not a video: it is {kind}", not kind.endswith("picture"), WRONG_KIND)
             if not streams:
                 raise UnusableFile(path, f"it holds no video, only {_other_content(container)}", kind=WRONG_KIND)
             yield container, streams[0]

@@ -298,6 +298,17 @@ def test_a_dataset_of_pictures(tmp_path: Path, config: TrainConfig) -> None:
     assert not result.notices or all("rounded" not in notice for notice in result.notices)
 
 
+def test_videos_and_pictures_may_share_a_folder(tmp_path: Path, config: TrainConfig) -> None:
+    captioned(tmp_path / "clip.mp4")
+    captioned(tmp_path / "cut.mp4", frames=40).write_bytes(b"\0\0\0\x18ftypmp42")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.txt").write_text("black")
+    for kind in ("video", "image"):
+        (sample,) = scan(entry(tmp_path, dataset_type=kind), config, quarantine=True).usable
+        assert sample.path.name == {"video": "clip.mp4", "image": "picture.png"}[kind]
+    assert {path.name for path in (tmp_path / "rejected").iterdir()} == {"cut.mp4", "cut.mp4.reason.txt"}
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
