@@ -266,7 +266,7 @@ def test_unreadable_files(home: Path) -> None:
         ({"optimizer": "adamw_bf61"}, "optimizer", 'did you mean "adamw_bf16"?'),
         ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
-            {"distillation_method": "lcm", "distillation_config": {"w_min": 1}},
+            {"distillation_method": "self_forcing", "distillation_config": {"w_min": 1}},
             "distillation_method",
             "not available yet",
         ),

@@ -78,6 +78,11 @@ class DistillationOptions(Options):
         raise NotImplementedError
 
     @property
+    def ladder_key(self) -> str:
+        """The option that describes the ladder, for a message about it."""
+        return "student_steps" if getattr(self, "student_steps", None) is not None else "dmd_denoising_steps"
+
+    @property
     def transition(self) -> str:
         """Between two rungs of the student's ladder: "sde" or "ode"."""
         return "sde"
@@ -118,9 +123,13 @@ class DistillationOptions(Options):
         try:
             config.student_timesteps()
         except ValueError as error:
-            key = "student_steps" if getattr(self, "student_steps", None) is not None else "dmd_denoising_steps"
             found.append(
-                Problem("", WHERE + key, str(error), 'write the steps from noise to clean, for example "1000,757,522"')
+                Problem(
+                    "",
+                    WHERE + self.ladder_key,
+                    str(error),
+                    'write the steps from noise to clean, for example "1000,757,522"',
+                )
             )
         if config.lora_dropout:
             found.append(
@@ -141,7 +150,8 @@ class DistillationOptions(Options):
                 f"validation_num_inference_steps {config.validation_num_inference_steps}: the student is rendered with "
                 f"the {steps} steps of its own ladder instead."
             )
-        if steps and config.validation_guidance not in (0.0, 1.0):
+        built_in = self.real_score_guidance_scale not in (0.0, 1.0)
+        if steps and built_in and config.validation_guidance not in (0.0, 1.0):
             found.append(
                 f"validation_guidance {config.validation_guidance:g} doubles the student's cost and saturates: the "
                 f"teacher's guidance {self.real_score_guidance_scale:g} is built into a distilled student; 1 is usual."
@@ -149,8 +159,10 @@ class DistillationOptions(Options):
         return found
 
 
-def ladder_steps(value: Any) -> list[float]:
-    """A written ladder as numbers."""
+def steps_list(value: Any) -> list[float] | None:
+    """Timesteps as people write them; None stays None."""
+    if value is None:
+        return None
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -160,7 +172,7 @@ def ladder_steps(value: Any) -> list[float]:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )

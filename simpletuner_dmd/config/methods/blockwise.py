@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, ladder_steps
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, steps_list
 from simpletuner_dmd.config.methods.critic import CriticOptions
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class SelfForcingConfig(BlockOptions, CriticOptions):
 
     title: ClassVar[str] = "Self-Forcing"
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
         FOUR_STEPS,
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )
@@ -108,7 +108,7 @@ class OdeInitConfig(BlockOptions, LadderOptions):
 
     title: ClassVar[str] = "ODE initialisation"
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
         FOUR_STEPS, description="The student's steps, as timesteps on the shifted scale, used literally."
     )
     causal: bool = Field(True, description="The student works block by block, for self-forcing; false: whole clips.")

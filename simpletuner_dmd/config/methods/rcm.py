@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE, ladder_steps
+from simpletuner_dmd.config.methods.base import WHERE, steps_list
 from simpletuner_dmd.config.methods.critic import CriticOptions
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RcmConfig(CriticOptions):
         description="Consistency looks at noise levels with a log-normal ratio of noise to signal: mean of its log.",
     )  # fmt: skip
     scm_logit_std: float = Field(1.6, gt=0, le=10, description="Standard deviation of that logarithm.")
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(ladder_steps)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
         (1000.0, 933.8, 852.9, 609.0),
         description="The student's steps, as timesteps on the shifted scale, used literally. Default: the paper's four "
         "(1.5, 1.4 and 1.0 in its angles), from pure noise.",
