@@ -12,12 +12,15 @@ from torch import nn
 
 from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
+from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.prepare import prepare
 from simpletuner_dmd.distill import builder
+from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
+from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
 from simpletuner_dmd.publish.read_adapter import AdapterFile
@@ -25,6 +28,7 @@ from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.causal import Window
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.lycoris import LycorisSpec
@@ -99,6 +103,10 @@ class Assembly:
         """Teacher, student and what else the method moves, and lines worth printing."""
         config = self.config
         routes = self.routes  # before any weight is loaded: they may not fit the model
+        if config.distillation_config is not None:
+            place = self.loaded.origins.get("distillation_config.gan_blocks", "")
+            if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
+                raise UserError(problems)
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
         adapters = self.adapters()
@@ -264,6 +272,8 @@ class Assembly:
             caption_dropout_probability=config.caption_dropout_probability,
             critic=roles.critic,
             target=target,
+            weak=self._weak_critic(roles),
+            discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
         )
         try:
@@ -275,6 +285,31 @@ class Assembly:
                 key="distillation_config",
                 fix="widen min_timestep_ratio … max_timestep_ratio, or set ts_schedule to false",
             ) from error
+
+    def _weak_critic(self, roles: Roles) -> WanDenoiser | None:
+        """The critic's adapter at a strength that the method sets, for weak-to-strong matching."""
+        settings, critic = self.config.distillation_config, roles.critic
+        if not isinstance(settings, MatchingOptions) or not settings.weak_critic:
+            return None
+        assert critic is not None and critic.switch is not None, "a critic of its own weights has no fraction"
+        return WanDenoiser(critic.transformer, critic.switch, critic.adapter, critic.autocast)
+
+    def _discriminator(self, roles: Roles) -> nn.Module | None:
+        """What judges features: of the critic, whose role it moves with, or of the teacher, in a role of its own."""
+        settings, critic = self.config.distillation_config, roles.critic
+        if settings is not None and settings.has_discriminator:
+            teacher = roles.teacher
+            hidden = min(1024, 4 * teacher.width)
+            heads = FeatureHeads(teacher.width, settings.feature_blocks(teacher.depth), hidden, self.config.seed)
+            roles.add_head("discriminator", heads.to(self.device))
+            return heads
+        if not isinstance(settings, MatchingOptions) or not settings.gan_weight:
+            return None
+        assert critic is not None, "the head reads the critic"
+        blocks = default_blocks(critic.depth) if settings.gan_blocks == "auto" else settings.gan_blocks
+        head = VideoHead(critic.width, blocks, seed=self.config.seed).to(self.device)
+        roles.add_head("critic", head, "discriminator.")
+        return head
 
     # --- data -------------------------------------------------------------------------------------------------------
 

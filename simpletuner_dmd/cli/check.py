@@ -106,7 +106,7 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Local model folders that lack a part, or whose depth the routes do not fit; Hub ids are not looked up."""
+    """Local model folders that lack a part, or whose depth a setting does not fit; Hub ids are not looked up."""
     from simpletuner_dmd.config import Problem
 
     config, problems = loaded.config, []
@@ -133,19 +133,26 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
                         "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
         elif part == "transformer":
-            problems += route_problems(loaded, folder if own_folder else folder / subfolder)
+            problems += depth_problems(loaded, folder if own_folder else folder / subfolder)
     return problems
 
 
-def route_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
-    """Routes of `tread_config` that the transformer in this folder does not have."""
+def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
+    """Blocks in `tread_config` and in the method's settings that the transformer in this folder does not have."""
     from simpletuner_dmd.config.read import read_json
     from simpletuner_dmd.config.tread import depth_of
 
-    tread, file = loaded.config.tread_config, folder / "config.json"
-    if tread is None or not file.is_file():
-        return []
-    return tread.depth_problems(depth_of(read_json(file, str(file))), loaded.origins.get("tread_config", ""))
+    config, file = loaded.config, folder / "config.json"
+    found: list[Problem] = []
+    if not file.is_file():
+        return found
+    depth = depth_of(read_json(file, str(file)))
+    if config.tread_config is not None:
+        found += config.tread_config.depth_problems(depth, loaded.origins.get("tread_config", ""))
+    if config.distillation_config is not None:
+        place = loaded.origins.get("distillation_config.gan_blocks", "")
+        found += config.distillation_config.depth_problems(depth, place)
+    return found
 
 
 def output_problems(loaded: LoadedConfig) -> list[Problem]:

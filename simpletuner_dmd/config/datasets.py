@@ -314,9 +314,8 @@ def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) ->
                     'add a "video" dataset, or set "distillation_method": "dmd"')
         ]  # fmt: skip
     if config.distillation.needs_latents:
-        who, fix = str(config.distillation_method), 'add a "video" dataset'
-        if getattr(config.distillation, "rollout", None) == "data_latent":
-            who, fix = 'rollout "data_latent"', fix + ', or set "rollout": "simulate"'
+        who, instead = config.distillation.latents_are_for or (str(config.distillation_method), "")
+        fix = 'add a "video" dataset' + (f", or {instead}" if instead else "")
         return [Problem(file, "dataset_type", f"{who} learns from videos, and every dataset here is prompts", fix)]
     return []
 

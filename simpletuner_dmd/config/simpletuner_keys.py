@@ -114,10 +114,6 @@ ABSENT_KEYS: dict[str, Absent] = {
 }  # fmt: skip
 
 METHOD_ABSENT_KEYS: dict[str, Absent] = {
-    **_each("gan_weight weak_lora_scale ground_truth_weight", LATER),
-    **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
-    "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),
-    "weak_mode": Absent("it acts with weak_lora_scale, which is " + NOT_YET, harmless=True),
     "enable_gradient_in_rollout": Absent("the exit step always carries the gradient; start_gradient_frame bounds it",
                                          off=(*OFF, True, "true")),
     "chunk_size": Absent("use num_frame_per_block"),

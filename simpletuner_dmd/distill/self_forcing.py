@@ -7,11 +7,10 @@ another one. Captions alone are enough: no loss reads data.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import cast
 
 from simpletuner_dmd.distill.blocks import BlockRollout, BlockRolloutSettings, CausalDenoiser, roll_out_blocks
-from simpletuner_dmd.distill.dmd import DMD, DMDSettings
+from simpletuner_dmd.distill.dmd import DMD, matching
 from simpletuner_dmd.distill.method import Ingredients
 from simpletuner_dmd.distill.rollout import RollOut, RolloutSettings
 from simpletuner_dmd.flow import Batch
@@ -47,12 +46,5 @@ def rollout_of(parts: Ingredients) -> RollOut:
 def build(parts: Ingredients) -> DMD:
     """DMD over block rollouts. Raises ValueError where a noise window is empty for one of the rungs."""
     options = parts.options
-    assert parts.critic is not None, "self-forcing has a critic"
-    # Every setting of DMD that these options have too goes by the same name; what they lack stays off.
-    shared = {field.name: getattr(options, field.name) for field in fields(DMDSettings) if hasattr(options, field.name)}
-    shared |= {
-        "rollout": RolloutSettings(parts.schedule, options.renoise, last_step_only=options.last_step_only),
-        "caption_dropout_probability": parts.caption_dropout_probability,
-    }
-    settings = DMDSettings(**shared)
-    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device, roll_out=rollout_of(parts))
+    source = RolloutSettings(parts.schedule, options.renoise, last_step_only=options.last_step_only)
+    return matching(parts, source, rollout_of(parts))

@@ -303,9 +303,24 @@ def test_one_mistake(home: Path, content: dict[str, object], key: str, expected:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"gan_weight": 0.1}, "gan_weight"),
-        ({"weak_lora_scale": 0.25}, "weak_lora_scale"),
-        ({"ground_truth_weight": 1}, "ground_truth_weight"),
+        ({"gan_weight": -0.1}, "gan_weight"),
+        ({"gan_blocks": "middle"}, "gan_blocks"),
+        ({"gan_blocks": [-1]}, "gan_blocks"),
+        ({"gan_blocks": [1.5]}, "gan_blocks"),
+        ({"weak_lora_scale": 1}, "weak_lora_scale"),
+        ({"weak_mode": "cond-only"}, "weak_mode"),
+        ({"weak_lora_scale": 0.25, "weak_mode": "exact-both"}, "weak_mode"),
+        (
+            {
+                "weak_lora_scale": 0.25,
+                "weak_mode": "exact-both",
+                "real_score_guidance_scale": 1,
+                "fake_score_type": "full",
+            },
+            "weak_mode",
+        ),
+        ({"weak_schedule_steps": 0}, "weak_schedule_steps"),
+        ({"ground_truth_weight": 1.5}, "ground_truth_weight"),
         ({"dmd_denoising_steps": "900,500"}, "dmd_denoising_steps"),
         ({"dmd_denoising_steps": "1000,500,-1"}, "dmd_denoising_steps"),
         ({"dmd_denoising_steps": []}, "dmd_denoising_steps"),

@@ -6,6 +6,7 @@ from simpletuner_dmd.config.methods.critic import CriticOptions
 from simpletuner_dmd.config.methods.dcm import DcmConfig
 from simpletuner_dmd.config.methods.dmd import DmdConfig
 from simpletuner_dmd.config.methods.lcm import LcmConfig
+from simpletuner_dmd.config.methods.matching import MatchingOptions
 from simpletuner_dmd.config.methods.pcm import PcmConfig
 from simpletuner_dmd.config.methods.rcm import RcmConfig
 
@@ -20,4 +21,4 @@ METHODS: dict[str, type[DistillationOptions]] = {
     "rcm": RcmConfig,
 }
 
-__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig"]
+__all__ = ["METHODS", "CriticOptions", "DistillationOptions", "DmdConfig", "MatchingOptions"]

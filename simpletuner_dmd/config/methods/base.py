@@ -92,6 +92,10 @@ class DistillationOptions(Options):
         """A head on features is trained as a role of its own."""
         return False
 
+    def feature_blocks(self, depth: int) -> tuple[int, ...]:
+        """Blocks (0-based) of a teacher of `depth` whose features that role judges."""
+        return ()
+
     @property
     def blockwise(self) -> bool:
         """The student is causal: it makes a clip block by block."""
@@ -108,6 +112,11 @@ class DistillationOptions(Options):
         return False
 
     @property
+    def latents_are_for(self) -> tuple[str, str] | None:
+        """(the option that asks for data latents, what to set to do without); None where the method itself does."""
+        return None
+
+    @property
     def student_interval(self) -> int:
         """The student is updated at every so many steps."""
         return 1
@@ -115,6 +124,10 @@ class DistillationOptions(Options):
     @property
     def given_block_keys(self) -> list[str]:
         """Keys that rule block-wise students, given to a method whose student is none."""
+        return []
+
+    def depth_problems(self, depth: int, place: str) -> list[Problem]:
+        """Blocks that a model of `depth` blocks does not have; `place` is where they were written."""
         return []
 
     def problems(self, config: TrainConfig) -> list[Problem]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
 from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, steps_list
-from simpletuner_dmd.config.methods.critic import CriticOptions
+from simpletuner_dmd.config.methods.matching import MatchingOptions
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config.schema import TrainConfig
@@ -54,7 +54,7 @@ FOUR_STEPS = (1000.0, 937.5, 2500 / 3, 625.0)
 """Four steps warped by a shift of 5, the ladder of the Self-Forcing and CausVid students."""
 
 
-class SelfForcingConfig(BlockOptions, CriticOptions):
+class SelfForcingConfig(BlockOptions, MatchingOptions):
     """Self-Forcing: DMD on clips that a causal student makes block by block from its own earlier blocks."""
 
     title: ClassVar[str] = "Self-Forcing"
