@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from simpletuner_dmd.config import METHODS, DatasetEntry, TrainConfig, VideoOptions
+from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
 from simpletuner_dmd.config.lycoris import LycorisOptions, LycorisPreset
 from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
@@ -16,7 +16,7 @@ from simpletuner_dmd.config.tread import TreadConfig, TreadRoute
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
 # One value is allowed in this version: checking it is the whole effect.
-ONE_VALUE = {"model_family", "type", "metadata_backend"}
+ONE_VALUE = {"model_family"}
 # They rule block-wise students, which do not exist yet; writing them is answered at start.
 ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
@@ -70,6 +70,7 @@ OPTIONS = [
         TreadConfig,
         TreadRoute,
         DatasetEntry,
+        TableOptions,
         VideoOptions,
     )  # fmt: skip
     for name in model.model_fields

@@ -140,6 +140,7 @@ class TrainingRun:
             self.say(f"Resuming from {checkpoint} (step {trainer.step} of {steps})")
         if self.main:  # not before: what cannot go on must leave the settings of the run that is there
             write_resolved(loaded, self.output_dir)
+            data.save_plan(self.output_dir)
         for line in [*lines, *self._self_test(roles, data, fresh=checkpoint is None), *data.notices]:
             self.say(line)
         self.say(data.report())

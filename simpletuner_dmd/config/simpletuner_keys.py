@@ -126,14 +126,20 @@ DATASET_ABSENT_KEYS: dict[str, Absent] = {
             "hash_filenames disable_validation text_embeds image_embeds", SPEED),
     **_each("only_instance_prompt", Absent("use caption_strategy instanceprompt")),
     **_each("train_batch_size", Absent("use train_batch_size in config.json, for all datasets")),
-    **_each("caption_shuffle caption_filter_list max_num_samples minimum_aspect_ratio maximum_aspect_ratio "
+    **_each("caption_shuffle caption_filter_list minimum_aspect_ratio maximum_aspect_ratio "
             "crop_aspect_buckets max_upscale_threshold start_epoch start_step end_epoch end_step", LATER),
     **_each("timestep_sampling_offset is_regularisation_data is_regularization_data slider_strength conditioning "
             "conditioning_data conditioning_type source_dataset_id grounding",
             Absent("it has no counterpart here; leave it out")),
     **_each("delete_unwanted_images delete_problematic_images delete_nsfw_images",
             Absent("use delete_problematic_images in config.json")),
-    "parquet": LATER, "csv_file": LATER, "dataset_name": LATER, "huggingface": LATER, "csv": LATER,
+    **_each("streaming num_proc auto_load aws_max_pool_connections", SPEED),
+    **_each("filter_func composite_image_config", LATER),
+}  # fmt: skip
+
+TABLE_ABSENT_KEYS: dict[str, Absent] = {
+    **_each("width_column height_column", Absent("sizes are read from the files themselves", harmless=True)),
+    "bbox_column": Absent("it has no counterpart here; leave it out"),
 }  # fmt: skip
 
 VIDEO_ABSENT_KEYS: dict[str, Absent] = {
@@ -153,8 +159,4 @@ LATER_VALUES: dict[str, frozenset[str]] = {
     "text_encoder_1_precision": _LATER_PRECISIONS,
     "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
-    "type": _words("huggingface csv aws"),
-    "dataset_type": _words("image"),
-    "caption_strategy": _words("csv parquet jsonl"),
-    "metadata_backend": _words("csv parquet json huggingface"),
 }

@@ -11,6 +11,7 @@ from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.batches import Group, PreparedData, Sample
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.encode import Clip, EncodeText, EncodeVideo, cache_latents, cache_text, clip_of
+from simpletuner_dmd.data.plan import DataPlan
 from simpletuner_dmd.data.scan import DatasetScan, PromptSample, Rejected, VideoSample, quarantine_file, scan_all
 from simpletuner_dmd.data.settings import text_cache
 from simpletuner_dmd.data.store import LatentStore, TextStore
@@ -79,8 +80,7 @@ def prepare(
         negative_prompt=negative_prompt,
         text_rows=config.tokenizer_max_length,
         seed=config.seed,
-        keep_small_buckets=config.disable_bucket_pruning,
-        global_batch=config.train_batch_size * config.gradient_accumulation_steps * config.num_processes,
+        plan=DataPlan.of(scans, config),
     )
 
 
