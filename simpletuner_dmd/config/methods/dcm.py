@@ -173,6 +173,12 @@ class DcmConfig(AdversaryOptions):
                 Problem("", WHERE + "student_steps", "student_steps and denoising_steps both describe the ladder",
                         "remove one of them")
             )  # fmt: skip
+        if config.model_type != "lora" or config.lora_type != "standard":
+            key = "model_type" if config.model_type != "lora" else "lora_type"
+            found.append(
+                Problem("", key, f"found {getattr(config, key)}: DCM's experts are two LoRAs on one base",
+                        'set "model_type": "lora" and "lora_type": "standard"')
+            )  # fmt: skip
         return found
 
     def _split_problems(self) -> list[Problem]:
