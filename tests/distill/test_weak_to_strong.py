@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
-from simpletuner_dmd.distill.losses import direction_parts, matching_direction
+from simpletuner_dmd.distill.losses import direction_parts, matching_direction, matching_loss
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.distill.weak_to_strong import WeakToStrong, leaning, score
-from simpletuner_dmd.flow import Schedule, TextEmbedding
+from simpletuner_dmd.flow import Schedule, TextEmbedding, add_noise, spread, velocity_from_x0, x0_from_velocity
 from simpletuner_dmd.randomness import RandomStream
 
 from .oracles import (
@@ -232,3 +232,26 @@ def test_ground_truth_stills_the_student() -> None:
     assert 0.66 < spread[1] < 0.695 and 0.55 < spread[2] < 0.62 and spread[3] < 0.3
     for _, mean in results:
         assert float((mean - torch.tensor([1.0, -0.5])).abs().max()) < 0.03
+
+
+def test_ground_truth_alone_leaves_the_mean() -> None:
+    """The pull itself, without the per-sample normaliser and without a teacher: every sample becomes the mean."""
+    mean, student = torch.tensor([1.0, -0.5]), AffineStudent((1.0,), channels=2, scale=0.7)
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1500)
+    critic, text = OracleCritic(student), text_of(1.0, 256)
+    for step in range(1500):
+        seeded = torch.Generator().manual_seed(step)
+        z, e, data = (torch.randn(256, 2, 1, 1, 2, generator=seeded) for _ in range(3))
+        sigma_B, ones = 0.02 + 0.96 * torch.rand(256, generator=seeded), torch.ones(256)
+        x0 = x0_from_velocity(z, student.velocity(z, ones, text), ones)
+        x_t = add_noise(x0.detach(), e, sigma_B)
+        exact = velocity_from_x0(x_t, mean[:, None, None, None] + 0.7 * data, sigma_B)
+        pull = matching_direction(x0, x_t, sigma_B, exact, critic.velocity(x_t, sigma_B, text))
+        matching_loss(x0, pull.direction * spread(pull.normaliser_B, x0)).backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    matrix = student.matrix[0].detach()
+    assert float((matrix @ matrix.T).diagonal().mean().sqrt()) < 0.05, "0.7 at the start, 0.7 in the data"
+    assert float((student.offset[0].detach() - mean).abs().max()) < 0.05
