@@ -54,34 +54,43 @@ CYCLES = 24  # student updates over which forwards are counted; exits are drawn 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row: a shipped example, and what is changed in it."""
+    """A row: a shipped example, and what is changed in it. after: the row whose student it starts from."""
 
+    title: str
     example: str
     overrides: tuple[str, ...] = ()
-
-
-def gan(*overrides: str) -> Recipe:
-    return Recipe("demo-gan", tuple(f"distillation_config.{override}" for override in overrides))
+    after: str | None = None
 
 
 RECIPES: dict[str, Recipe] = {
-    "dmd": Recipe("demo"),
-    "w2svd": Recipe("demo", ("distillation_config.weak_lora_scale=0.25",)),
+    "dmd": Recipe("`dmd`", "demo"),
+    "w2svd": Recipe("`dmd`, W2SVD", "demo", ("distillation_config.weak_lora_scale=0.25",)),
+    "gan": Recipe("`dmd`, adversarial", "demo-gan"),
+    "gan-43": Recipe("`dmd`, adversarial, seed 43", "demo-gan", ("seed=43",)),
+    "gan-44": Recipe("`dmd`, adversarial, seed 44", "demo-gan", ("seed=44",)),
+    "lcm": Recipe("`lcm`", "demo-lcm"),
+    "pcm": Recipe("`pcm`", "demo-pcm"),
+    "dcm": Recipe("`dcm`", "demo-dcm"),
+    "rcm": Recipe("`rcm`", "demo-rcm"),
+    "diffusion-forcing": Recipe("`diffusion_forcing`", "demo-diffusion-forcing"),
+    "ode-init": Recipe("`ode_init`", "demo-ode-init"),
+    "self-forcing": Recipe("`self_forcing`, after `ode_init`", "demo-self-forcing", after="ode-init"),
 }
 
 
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def train(name: str, recipe: Recipe, folder: Path, seed: int) -> None:
+def train(name: str, recipe: Recipe, out: Path) -> None:
     """Runs `simpletuner train`; a finished run is found finished, an interrupted one goes on."""
-    command = [
-        sys.executable, "-m", "simpletuner_dmd", "train", "--example", recipe.example, f"output_dir={folder}",
-        f"tracker_run_name={name}", f"seed={seed}", *recipe.overrides,
-    ]  # fmt: skip
-    print(f"\n{name}: {' '.join(command[3:])}", flush=True)
+    folder = out / name
     if finished(folder) is not None:
         return
+    command = [
+        sys.executable, "-m", "simpletuner_dmd", "train", "--example", recipe.example, f"output_dir={folder}",
+        f"tracker_run_name={name}", *([f"init_lora={out / recipe.after}"] if recipe.after else []), *recipe.overrides,
+    ]  # fmt: skip
+    print(f"\n{name}: simpletuner {' '.join(command[3:])}", flush=True)
     code = subprocess.run(command, check=False).returncode
     if code:
         raise SystemExit(f"{name}: training ended with exit code {code}")
@@ -282,14 +291,14 @@ COLUMNS = (
 )
 
 
-def line(name: str, row: dict[str, Any]) -> str:
+def line(title: str, row: dict[str, Any]) -> str:
     gap = [(u - d) / (u - f) for d, u, f in zip(row["distance"], row["undistilled"], row["floor"], strict=True)]
 
     def mean(key: str) -> float:
         return statistics.fmean(row[key])
 
     cells = [
-        name,
+        title,
         str(row["steps"]),
         spread(row["distance"], ".4f"),
         f"{mean('undistilled'):.4f}",
@@ -336,34 +345,33 @@ def spread(values: Sequence[float], form: str) -> str:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"| {COLUMNS} |", "|" + "---|" + "---:|" * (COLUMNS.count("|"))]
-    return "\n".join([*lines, teacher_line(rows), *(line(name, row) for name, row in rows.items())])
+    return "\n".join([*lines, teacher_line(rows), *(line(RECIPES[name].title, row) for name, row in rows.items())])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("output/methods"), help="folder of runs, rows and table")
     parser.add_argument("--only", nargs="+", choices=list(RECIPES), help="these rows (default: all)")
-    parser.add_argument("--seed", type=int, default=42, help="seed of the trainings (42)")
     parser.add_argument("--samples", type=int, default=512, help="samples of each sampler and seed (512)")
     parser.add_argument("--seeds", type=int, default=2, help="sampling seeds (2)")
     parser.add_argument("--again", action="store_true", help="measure finished runs anew")
     options = parser.parse_args()
-    suffix = "" if options.seed == 42 else f"-{options.seed}"
     rows: dict[str, dict[str, Any]] = {}
-    for name in RECIPES:
-        kept = options.out / "rows" / f"{name}{suffix}.json"
+    for name, recipe in RECIPES.items():
+        kept = options.out / "rows" / f"{name}.json"
         if name in (options.only or RECIPES) and (options.again or not kept.is_file()):
-            folder = options.out / f"{name}{suffix}"
-            train(name, RECIPES[name], folder, options.seed)
+            if recipe.after is not None:
+                train(recipe.after, RECIPES[recipe.after], options.out)
+            train(name, recipe, options.out)
             began = time.perf_counter()
-            figures = measure(folder, options.samples, options.seeds, options.out / "teacher")
-            row = {**figures, **(finished(folder) or {}), "measuring_seconds": time.perf_counter() - began}
+            figures = measure(options.out / name, options.samples, options.seeds, options.out / "teacher")
+            row = {**figures, **(finished(options.out / name) or {}), "measuring_seconds": time.perf_counter() - began}
             write_json(kept, row)
-            print(line(name, row), flush=True)
+            print(line(recipe.title, row), flush=True)
         if kept.is_file():
             rows[name] = json.loads(kept.read_text(encoding="utf-8"))
     text = table(rows)
-    write_atomically(options.out / f"table{suffix}.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_atomically(options.out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
     print(f"\n{text}")
 
 
