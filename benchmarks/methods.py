@@ -252,12 +252,13 @@ def measure(folder: Path, samples: int, seeds: int, cache: Path) -> dict[str, An
             rows.setdefault(name, []).append(value)
 
     state = open_checkpoint(folder, "latest")
+    fresh, _ = assembly.roles()
     with student_of(assembly, state, raw=False) as (roles, _), evaluating(roles):
         for seed in range(seeds):
             reference = world.teachers(roles.teacher, 2 * seed, guidance)
             other = world.teachers(roles.teacher, 2 * seed + 1, guidance)
             student = world.students(assembly.student_sampler, assembly.sampled_student(roles), 2 * seed + 1)
-            plain = world.students(undistilled_sampler(assembly), roles.teacher, 2 * seed + 1)
+            plain = world.students(*undistilled(assembly, fresh), 2 * seed + 1)
             note(
                 distance=measures.energy_distance(student, reference),
                 undistilled=measures.energy_distance(plain, reference),
@@ -269,8 +270,7 @@ def measure(folder: Path, samples: int, seeds: int, cache: Path) -> dict[str, An
                 note(**{f"{who}_{name}": value for name, value in
                         shown(assembly, latents, world.combinations).items()})  # fmt: skip
         steps = assembly.student_sampler.forwards
-    roles, _ = assembly.roles()
-    return {"steps": steps, **rows, **count_forwards(assembly, roles, assembly.method(roles))}
+    return {"steps": steps, **rows, **count_forwards(assembly, fresh, assembly.method(fresh))}
 
 
 @contextmanager
@@ -279,10 +279,13 @@ def evaluating(roles: Roles) -> Iterator[None]:
         yield
 
 
-def undistilled_sampler(assembly: Assembly) -> Sampler:
-    """The student's ladder and re-noising, walked by the whole clip at once."""
+def undistilled(assembly: Assembly, fresh: Roles) -> tuple[Sampler, Denoiser]:
+    """The student's ladder and re-noising, walked by the teacher's weights over the whole clip at once; of a causal
+    student without a ladder the same steps by a student that has not been trained."""
     sampler = assembly.student_sampler
-    return Sampler(sampler.schedule, sampler.renoise, sampler.steps, sampler.guidance)
+    if not sampler.schedule.ladder:
+        return sampler, assembly.sampled_student(fresh)
+    return Sampler(sampler.schedule, sampler.renoise, sampler.steps, sampler.guidance), fresh.teacher
 
 
 COLUMNS = (
