@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from simpletuner_dmd import durable
 from simpletuner_dmd.cli.main import main
-from simpletuner_dmd.training import durable
 from tests.e2e.conftest import ProjectMaker
 from tests.support.runs import Project, assert_same_bits, videos_dataset
 from tests.support.videos import write_moving_square, write_small_set
