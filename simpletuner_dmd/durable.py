@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from uuid import uuid4
 
 from simpletuner_dmd.config.errors import UserError
@@ -69,15 +69,14 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-class HashingFile:
-    """A new file that counts and hashes what is written, and is on the disk when the block ends without an error."""
+class NewFile:
+    """A new file that counts what is written, and is on the disk when the block ends without an error."""
 
     def __init__(self, path: Path):
         self.path = path
         self.size = 0
-        self._digest = hashlib.sha256()
 
-    def __enter__(self) -> HashingFile:
+    def __enter__(self) -> Self:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
         self._descriptor = os.open(self.path, flags, 0o666)
         return self
@@ -86,14 +85,13 @@ class HashingFile:
         view = memoryview(content)
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
-            self._digest.update(chunk)
+            self._seen(chunk)
             while chunk:
                 chunk = chunk[_write(self._descriptor, chunk) :]
         self.size += len(view)
 
-    @property
-    def sha256(self) -> str:
-        return self._digest.hexdigest()
+    def _seen(self, chunk: memoryview) -> None:
+        """For those who look at what is written."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
@@ -102,6 +100,21 @@ class HashingFile:
                 _sync(self._descriptor)
         finally:
             os.close(self._descriptor)
+
+
+class HashingFile(NewFile):
+    """A `NewFile` that also hashes what is written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._digest = hashlib.sha256()
+
+    def _seen(self, chunk: memoryview) -> None:
+        self._digest.update(chunk)
+
+    @property
+    def sha256(self) -> str:
+        return self._digest.hexdigest()
 
 
 def _beside(path: Path) -> Path:
@@ -114,7 +127,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
     make_folder(path.parent)
     beside = _beside(path)
     try:
-        with HashingFile(beside) as file:
+        with NewFile(beside) as file:
             file.write(content)
         rename(beside, path)
     except OSError:

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.data.scan import DatasetScan, VideoSample
-from simpletuner_dmd.data.store import LatentStore, TextStore, text_key
+from simpletuner_dmd.data.store import LatentStore
+from simpletuner_dmd.data.text_store import TextStore, text_key
 from simpletuner_dmd.flow import Batch, TextEmbedding
 from simpletuner_dmd.randomness import derive_seed, permutation
 

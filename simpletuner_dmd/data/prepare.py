@@ -13,7 +13,8 @@ from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.encode import Clip, EncodeText, EncodeVideo, cache_latents, cache_text, clip_of
 from simpletuner_dmd.data.scan import DatasetScan, PromptSample, Rejected, VideoSample, quarantine_file, scan_all
 from simpletuner_dmd.data.settings import text_cache
-from simpletuner_dmd.data.store import LatentStore, TextStore
+from simpletuner_dmd.data.store import LatentStore
+from simpletuner_dmd.data.text_store import TextStore
 from simpletuner_dmd.data.video import UnusableFile
 
 
@@ -118,7 +119,8 @@ def _fill_latents(
             clips.append(clip_of(sample, scan.settings, store, fingerprint))
         except UnusableFile as error:
             late.append(Rejected(error.path, error.reason, error.damaged))
-    late += cache_latents(store, clips, encode, geometry, batch_size=config.vae_batch_size, progress=progress)
+    _, found = cache_latents(store, clips, encode, geometry, batch_size=config.vae_batch_size, progress=progress)
+    late += found
     if late:
         gone = {item.path for item in late}
         # Copies of an undecodable file share its key, so they are gone with it.
