@@ -56,31 +56,34 @@ def run(args: argparse.Namespace) -> int:
 def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
     """What stands in the way of this run, and the scan of every dataset whose folder is there."""
     from simpletuner_dmd.config import UserError
-    from simpletuner_dmd.data.scan import scan_all
+    from simpletuner_dmd.data.prepare import scan_datasets
 
     problems = [*model_problems(loaded), *output_problems(loaded)]
     present = []
     for entry in loaded.datasets:
-        missing = folder_problem(entry)
+        missing = folder_problem(entry, loaded.config)
         if missing:
             problems.append(missing)
         else:
             present.append(entry)
     scans: list[Any] = []
     try:
-        scans = scan_all(present, loaded.config)
+        scans = scan_datasets(present, loaded.config)
         problems += [problem for scan in scans if (problem := nothing_usable(scan))]
     except UserError as error:
         problems += error.problems
     return problems, scans
 
 
-def folder_problem(entry: Any) -> Problem | None:
-    """A dataset whose folder is missing or empty."""
+def folder_problem(entry: Any, config: Any) -> Problem | None:
+    """A dataset whose folder is missing or empty, and that has no cache to stand in for it."""
     from simpletuner_dmd.config import Problem
+    from simpletuner_dmd.data.manifest import stands_in
 
     folder = Path(entry.instance_data_dir)
     where = f'dataset "{entry.id}"'
+    if stands_in(entry, config) is not None:
+        return None
     if not folder.exists():
         return Problem(where, "instance_data_dir", f"there is no {folder}", "correct the path, or put the files there")
     if folder.is_file():

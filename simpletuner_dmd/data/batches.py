@@ -92,6 +92,7 @@ class PreparedData:
     """The data of a run: cached, planned, ready. Build it with `prepare`.
 
     groups: all buckets. text_rows: L of every text embedding. global_batch: what the notices and the plan assume.
+    findings: what the doctor said of the caches.
     """
 
     scans: list[DatasetScan]
@@ -105,6 +106,7 @@ class PreparedData:
     keep_small_buckets: bool
     global_batch: int
     cache_bytes: int = CACHE_BYTES
+    findings: Sequence[str] = ()
     _pending: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -253,7 +255,7 @@ class PreparedData:
     @property
     def notices(self) -> list[str]:
         """What a person should know: files left out, rounding, buckets pruned or repeated."""
-        found = []
+        found = [f"caches: {finding}" for finding in self.findings]
         for scan in self.scans:
             found += [f"{scan.settings.id}: left out {item.path}: {item.reason}" for item in scan.rejected]
             found += [f"{scan.settings.id}: {notice}" for notice in scan.notices]

@@ -10,9 +10,9 @@ A shard is one safetensors file that any tool can open:
 
 The tables come first in the file, so that one that lost its end loses only the last prompts.
 
-A shard is written once and never changed, so processes need no lock to read or add. The index is one small file with the
-place of every prompt in every shard, and size and time of the shards when they were last read whole. It is derived: a
-lost, old or damaged one costs a reading of the shards it does not know, and nothing else. So a start reads one file,
+A shard is written once and never changed, so processes need no lock to read or add. The index is one small file with
+the place of every prompt in every shard, and size and time of the shards when they were last read whole. It is derived:
+a lost, old or damaged one costs a reading of the shards it does not know, and nothing else. So a start reads one file,
 looks at the folder once and finds all prompts in a sorted array, 56 bytes per prompt.
 """
 
