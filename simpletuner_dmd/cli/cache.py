@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="inspect: only the first N samples of each dataset")
     parser.add_argument("--json", action="store_true", help="print one JSON document: text, datasets, findings")
     add_config_arguments(parser)
+    parser.usage = str(parser.usage).replace(parser.prog, f"{parser.prog} [inspect]", 1)
 
 
 def run(args: argparse.Namespace) -> int:

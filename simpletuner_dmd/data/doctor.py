@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -74,17 +75,27 @@ def examine_text(store: TextStore, prompts: Sequence[str], fingerprint: str, max
         for prompt, rows_LD in rows.items()
         if _trailing_zeros(rows_LD)
     ]
-    words = {prompt: rows_LD for prompt, rows_LD in rows.items() if prompt.strip()}
-    if len(words) > 1 and all(_equal(next(iter(words.values())), other) for other in words.values()):
-        raise UserError(
-            f"the cached embeddings of {len(words)} different prompts are the same, for example of "
-            f"{' and '.join(_short(prompt) for prompt in list(words)[:2])}: the text encoder does not see the words",
-            fix=remedy,
-        )
+    alike = [
+        (one, other)
+        for one, other in combinations([prompt for prompt in rows if prompt.strip()], 2)
+        if _equal(rows[one], rows[other])
+    ]
+    for one, other in alike:
+        # Prompts that share most words may differ only in one that the tokenizer does not know, or beyond its length.
+        told = f"the cached embeddings of {_short(one)} and {_short(other)} are the same"
+        if _words_in_common(one, other) < 0.5:
+            raise UserError(f"{told}: the text encoder does not see the words", fix=remedy)
+        warnings.append(told)
     longest = max((len(rows_LD) for rows_LD in rows.values()), default=0)
     if longest > max_rows:
         raise UserError(f"a cached embedding has {longest} rows, tokenizer_max_length is {max_rows}", fix=remedy)
     return warnings
+
+
+def _words_in_common(one: str, other: str) -> float:
+    """Of all words of two prompts, the share that both have."""
+    left, right = set(one.lower().split()), set(other.lower().split())
+    return len(left & right) / max(1, len(left | right))
 
 
 def _trailing_zeros(rows_LD: Tensor) -> int:
