@@ -51,9 +51,8 @@ def test_text_that_is_no_use(tmp_path: Path, mistake: str) -> None:
         rows = [row[:1].expand(len(rest), -1) for row, rest in zip(rows[:1] * 3, rows, strict=True)]
     else:
         rows[0] = random_rows(20)[0]
-    with pytest.raises(
-        UserError, match={"too long": "20 rows", "alike": "does not see the words"}.get(mistake, "zero or")
-    ):
+    words = {"too long": "20 rows", "alike": "does not see the words"}.get(mistake, "zero or")
+    with pytest.raises(UserError, match=words):
         examine_text(text_store(tmp_path, rows), PROMPTS, "umt5", 16)
 
 
@@ -124,9 +123,6 @@ def test_the_spread_of_the_demo_is_healthy() -> None:
     latents = [codec.encode(clip[None])[0] for clip in pixels]
     assert examine_spread(latents, codec.config["latents_std"]) == []
     assert min(psnr(codec.decode(x[None])[0], clip) for x, clip in zip(latents, pixels, strict=True)) > 20
-    std, mean = (torch.tensor(codec.config[name]).view(-1, 1, 1, 1) for name in ("latents_std", "latents_mean"))
-    for wrong in ([x * std + mean for x in latents], [(x - mean) / std for x in latents]):
-        assert min(psnr(codec.decode(x[None])[0], clip) for x, clip in zip(wrong, pixels, strict=True)) < 20
 
 
 class Codec:
