@@ -35,12 +35,14 @@ def in_process(act: Callable[[], object]) -> int:
     child = os.fork()
     if child:
         return child
+    code = 1
     try:
         act()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
+        code = 0
+    finally:
+        if code:
+            traceback.print_exc()
+        os._exit(code)
 
 
 def status_of(child: int) -> int:
@@ -111,8 +113,9 @@ def killing_at(moment: int, act: Callable[[], object]) -> int:
     count = 0
     with pytest.MonkeyPatch.context() as patch:
         for name in OPERATIONS:
+            genuine: Callable[..., object] = getattr(durable, name)
 
-            def operation(*arguments: object, original: Callable[..., object] = getattr(durable, name)) -> object:
+            def operation(*arguments: object, original: Callable[..., object] = genuine) -> object:
                 nonlocal count
                 count += 1
                 if count == moment:
@@ -197,8 +200,12 @@ def test_share_out_hands_out_everything_once(tmp_path: Path) -> None:
     names = [f"{number:032x}"[::-1] for number in range(10)]
     done: set[str] = set()
     batches = []
+
+    def missing(some: list[str]) -> list[str]:
+        return [name for name in some if name not in done]
+
     with Claims(tmp_path) as claims:
-        for batch in share_out(names, str, lambda some: [n for n in some if n not in done], claims, 4):
+        for batch in share_out(names, str, missing, claims, 4):
             assert batch is not None, "nobody else works here"
             batches.append(batch)
             done |= {*batch, names[5]}  # another process has made this one
@@ -249,7 +256,8 @@ def test_a_disk_that_fills_up_while_caching(
         left -= len(chunk)
         return genuine(descriptor, chunk)
 
-    for left in (4000, 9000, 20000):
+    for space in (4000, 9000, 20000):
+        left = space
         monkeypatch.setattr(durable, "_write", write)
         with pytest.raises(UserError, match="the disk is full"):
             fill(root, videos)

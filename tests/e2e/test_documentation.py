@@ -33,7 +33,7 @@ def commands(path: Path) -> list[str]:
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines += re.findall(
-        r"`((?:simpletuner (?:train|check|sample|export|examples)|python |\./train\.sh|tests/run\.sh)[^`…]*)`", prose
+        r"`((?:simpletuner (?:train|check|cache|synthesise|sample|export|examples)|python |\./train\.sh|tests/run\.sh)[^`…]*)`", prose
     )
     return [line for line in lines if line and not line.startswith("#")]
 
