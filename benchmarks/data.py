@@ -113,7 +113,7 @@ def captions(folder: Path) -> dict[str, Any]:
 
 
 def videos(folder: Path) -> dict[str, Any]:
-    """The clips and the VAE that ship with the package."""
+    """The clips and the VAE that ship with the package, enlarged to a size at which encoding is work."""
     import torch
 
     from simpletuner_dmd.config.databackend import DatasetEntry
@@ -128,7 +128,7 @@ def videos(folder: Path) -> dict[str, Any]:
 
     config = TrainConfig(pretrained_model_name_or_path=str(demo_path.model_path()))
     codec, geometry = VideoCodec(ModelSource.of(config), device=torch.device("cpu")), LatentGeometry()
-    entry = DatasetEntry(id="demo", instance_data_dir=str(demo_path.data_path()), resolution=64,
+    entry = DatasetEntry(id="demo", instance_data_dir=str(demo_path.data_path()), resolution=192,
                          video={"num_frames": 9})  # fmt: skip
     found = scan(entry, config, geometry=geometry)
     samples = found.usable[:CLIPS]

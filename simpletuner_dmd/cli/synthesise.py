@@ -205,7 +205,7 @@ def _make(
         return [item for item in some if not _is_there(item, out, store)]
 
     made, render = 0, _renderer(assembly, scan, text)
-    with Claims(out) as claims, tqdm(total=len(items), desc="synthesise", unit="video") as bar:
+    with Claims(out, ".claims") as claims, tqdm(total=len(items), desc="synthesise", unit="video") as bar:
         for batch in share_out(items, lambda item: item.key, missing, claims, 1):
             for item in batch or []:
                 _write(assembly, item, render(item), out, store)

@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows: processes then work on the same entries twice, and both are right
     fcntl = None  # type: ignore[assignment]
 
-CLAIMS_NAME = ".claims"
+CLAIMS_NAME = "claims.lock"
 TAKEN = (errno.EAGAIN, errno.EACCES)
 
 Item = TypeVar("Item")
@@ -35,8 +35,8 @@ class Claims:
     both results are right. One object per folder and process: closing it drops every claim of the process there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / CLAIMS_NAME
+    def __init__(self, folder: Path, name: str = CLAIMS_NAME) -> None:
+        self.path = folder / name
 
     def __enter__(self) -> Self:
         with explained(self.path):

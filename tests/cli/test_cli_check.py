@@ -30,7 +30,7 @@ class Scan:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a config and a dataset; the scan takes .mp4 for usable and prints noise."""
 
-    def scan_all(datasets: list[Any], config: Any) -> list[Scan]:
+    def scan_datasets(datasets: list[Any], config: Any) -> list[Scan]:
         print("scanning")
         scans = []
         for entry in datasets:
@@ -40,10 +40,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             scans.append(Scan(entry, good, bad, {"64x64x9": len(good)}))
         return scans
 
-    module = types.ModuleType("simpletuner_dmd.data.scan")
-    module.scan_all = scan_all  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "simpletuner_dmd.data", types.ModuleType("simpletuner_dmd.data"))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, content in (("prepare", {"scan_datasets": scan_datasets}), ("manifest", {"stands_in": lambda *_: None})):
+        module = types.ModuleType(f"simpletuner_dmd.data.{name}")
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
     for name in ("clip.mp4", "notes.txt"):
         (tmp_path / "videos").mkdir(exist_ok=True)
