@@ -37,6 +37,9 @@ DEPENDENCIES = [
     "zstandard",
 ]
 
+PYARROW = "pyarrow>=18,<28"
+S3FS = "s3fs>=2025.3"
+
 EXTRAS = {
     # The marker repeats what finding CUDA implies, for those who ask for the extra by name.
     "cuda": [
@@ -48,7 +51,12 @@ EXTRAS = {
     "cpu": [],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
-    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3"],
+    # Parquet is what Hub datasets and large caption tables are stored in; most runs need neither.
+    "parquet": [PYARROW],
+    # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.
+    "s3": [S3FS],
+    # moto is a real S3 server on loopback, for the tests of such datasets.
+    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3", "moto[server]>=5,<6", PYARROW, S3FS],
 }
 
 

@@ -41,9 +41,9 @@ from simpletuner_dmd.demo import measures, shapes
 from simpletuner_dmd.durable import write_json, write_through
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas, guidance_is_off, sample_euler, sample_few_step
 from simpletuner_dmd.randomness import derive_seed, generator
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import ModelSource, load_transformer
-from simpletuner_dmd.wan.roles import WanDenoiser
 
 BATCH = 64
 FEW_EULER_STEPS = (3, 4, 8)

@@ -73,10 +73,31 @@ class Batch:
         )
 
 
-class Denoiser(Protocol):
-    """A network seen as a velocity field. `routed`: TREAD on for this pass (supervised and critic losses only)."""
+class SampleDraws(Protocol):
+    """Random numbers private to each sample, a pure function of (seed, step, sample, purpose): a RandomStream."""
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def normal(self, shape: Sequence[int], purpose: str) -> Tensor:
+        """Standard normal, [B, *shape] on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Asks for TREAD in one pass: blocks on a route see a random part of the tokens (training losses only).
+
+    purpose: names the pass, so that two passes of one step draw apart and a repeated step draws the same.
+    """
+
+    draws: SampleDraws
+    purpose: str
+
+
+class Denoiser(Protocol):
+    """A network seen as a velocity field. `routed`: TREAD for this pass, where the network has routes."""
+
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         """sigma: [B], or [B, F] for a causal or diffusion-forcing denoiser. Returns e - x0, shaped like x_t."""
         ...
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from simpletuner_dmd.flow import (
     Batch,
+    Routing,
     Schedule,
     SigmaWindow,
     TextEmbedding,
@@ -46,7 +47,9 @@ class Recorder:
         self.sigmas: list[Tensor] = []
         self.batches: list[int] = []
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         self.sigmas.append(sigma)
         self.batches.append(len(text))
         return torch.ones_like(x_t_BCFHW) * text.rows_BLD[:, 0, 0].reshape(-1, 1, 1, 1, 1)

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from simpletuner_dmd.config import METHODS, DatasetEntry, TrainConfig, VideoOptions
+from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
+from simpletuner_dmd.config.lycoris import LycorisOptions, LycorisPreset
 from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
+from simpletuner_dmd.config.tread import TreadConfig, TreadRoute
 
 PACKAGE = Path(__file__).parents[1] / "simpletuner_dmd"
 
 # One value is allowed in this version: checking it is the whole effect.
-ONE_VALUE = {"model_family", "lora_type", "type", "metadata_backend"}
+ONE_VALUE = {"model_family"}
 # They rule block-wise students, which do not exist yet; writing them is answered at start.
 ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
@@ -23,12 +25,23 @@ READ_IN_CONFIG = {
     "student_steps": "methods/base.py",
     "dmd_denoising_steps": "methods/base.py",
     "warp_denoising_steps": "methods/base.py",
+    "phases": "methods/pcm.py",
+    "phase_edges": "methods/pcm.py",
+    "denoising_steps": "methods/dcm.py",
+    "multiphase": "methods/dcm.py",
+    "split_index": "methods/dcm.py",
+    "sigma_split": "methods/dcm.py",
+    "discriminator_head_stride": "methods/consistency.py",
     "data_backend_config": "load.py",
     "validation_prompt": "prompts.py",
     "validation_prompt_library": "prompts.py",
     "disabled": "datasets.py",
     "default": "datasets.py",
     "distillation_config": "schema.py",
+    "routes": "tread.py",
+    "selection_ratio": "tread.py",
+    "start_layer_idx": "tread.py",
+    "end_layer_idx": "tread.py",
     "cache_dir_text": "datasets.py",
     "cache_dir": "load.py",
 }
@@ -49,7 +62,17 @@ CONFIG = PACKAGE / "config"
 READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
 OPTIONS = [
     (model, name)
-    for model in (TrainConfig, *METHODS.values(), DatasetEntry, VideoOptions)
+    for model in (
+        TrainConfig,
+        *METHODS.values(),
+        LycorisOptions,
+        LycorisPreset,
+        TreadConfig,
+        TreadRoute,
+        DatasetEntry,
+        TableOptions,
+        VideoOptions,
+    )  # fmt: skip
     for name in model.model_fields
 ]
 

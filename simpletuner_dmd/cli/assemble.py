@@ -10,22 +10,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from simpletuner_dmd.config import LoadedConfig, UserError
+from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
+from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
+from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.doctor import Vae
 from simpletuner_dmd.data.prepare import Caches, fill_caches, prepare
 from simpletuner_dmd.distill import builder
+from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
+from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
+from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
-from simpletuner_dmd.validation.sampling import Sampler
+from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.causal import Window
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.lycoris import LycorisSpec
 from simpletuner_dmd.wan.quantisation import quantise
-from simpletuner_dmd.wan.roles import Roles, build_roles
+from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
+from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
@@ -81,9 +91,9 @@ class Assembly:
         )
 
     def base_transformer(self, *, quantised: bool = True) -> nn.Module:
-        """A fresh frozen base in the precision of the run, on the device."""
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device."""
         config = self.config
-        transformer = load_transformer(self.source, self.dtype)
+        transformer = self._with_teacher_lora(load_transformer(self.source, self.dtype))
         if quantised and config.base_model_precision != "no_change":
             quantise(
                 transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
@@ -93,6 +103,11 @@ class Assembly:
     def roles(self) -> tuple[Roles, list[str]]:
         """Teacher, student and what else the method moves, and lines worth printing."""
         config = self.config
+        routes = self.routes  # before any weight is loaded: they may not fit the model
+        if config.distillation_config is not None:
+            place = self.loaded.origins.get("distillation_config.gan_blocks", "")
+            if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
+                raise UserError(problems)
         base = self.base_transformer()
         notice = choose_attention(base, config.attention_mechanism)
         adapters = self.adapters()
@@ -101,51 +116,99 @@ class Assembly:
             base,
             adapters=adapters,
             full={role: self._full_network() for role in owned},
+            causal=self._causal_layout,
             gradient_checkpointing=config.gradient_checkpointing,
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        return roles, [notice] if notice else []
+        lines = [notice] if notice else []
+        for name in routed_roles(config.distillation_config) if routes else ():
+            roles.denoisers[name].routes = routes
+            lines.append(routing_line(name, routes, depth_of(self.network)))
+        return roles, lines
+
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """TREAD's, with blocks counted from 0; a UserError where the model does not have them."""
+        tread = self.config.tread_config
+        if tread is None:
+            return ()
+        depth = depth_of(self.network)
+        problems = tread.depth_problems(depth, self.loaded.origins.get("tread_config", ""))
+        if problems:
+            raise UserError(problems)
+        return tuple(Route(*span) for span in tread.spans(depth))
+
+    @property
+    def _causal_layout(self) -> CausalLayout | None:
+        blocks = self.block_sampling
+        if blocks is None:
+            return None
+        window = Window(blocks.sink_frames, blocks.local_attn_frames)
+        return CausalLayout(lambda frames: blocks.plan(frames).blocks, window)
 
     def _moving_networks(self) -> list[str]:
         return ["student", *(["critic"] if self.config.critic else [])]
 
-    def adapters(self) -> dict[str, AdapterSpec]:
+    def _critic_adapter(self, critic: CriticOptions) -> AdapterSpec | LycorisSpec:
+        """As the student's, with a rank of its own."""
+        student, rank, alpha = self.student_adapter, critic.fake_score_lora_rank, critic.fake_score_lora_alpha
+        if isinstance(student, LycorisSpec):
+            return LycorisSpec(student.options.model_copy(update={"linear_dim": rank, "linear_alpha": alpha}))
+        return AdapterSpec(rank, alpha, student.init, 0.0, student.targets, student.dora)
+
+    def adapters(self) -> dict[str, AdapterSpec | LycorisSpec]:
         """The roles that are LoRAs on the shared base."""
-        config, found = self.config, {}
+        config = self.config
+        found: dict[str, AdapterSpec | LycorisSpec] = {}
         if config.model_type == "lora":
             found["student"] = self.student_adapter
         if config.critic is not None and config.critic.fake_score_type == "lora":
-            critic, student = config.critic, self.student_adapter
-            found["critic"] = AdapterSpec(
-                critic.fake_score_lora_rank, critic.fake_score_lora_alpha, student.init, 0.0, student.targets
-            )
+            found["critic"] = self._critic_adapter(config.critic)
         if config.distillation_config is not None and config.distillation_config.has_detail_expert:
             found["detail"] = self.detail_adapter
         return found
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
-        network = load_transformer(self.source, torch.float32).to(self.device)
+        network = self._with_teacher_lora(load_transformer(self.source, torch.float32)).to(self.device)
         choose_attention(network, self.config.attention_mechanism)
         return network
 
+    @cached_property
+    def teacher_lora(self) -> tuple[AdapterFile, float] | None:
+        """The fine-tune that is part of the base, and its strength."""
+        if self.config.teacher_lora is None:
+            return None
+        return open_teacher_lora(self.config.teacher_lora)
+
+    def _with_teacher_lora(self, transformer: nn.Module) -> nn.Module:
+        if self.teacher_lora is not None:
+            merge_adapter(transformer, *self.teacher_lora)
+        return transformer
+
     @property
-    def student_adapter(self) -> AdapterSpec:
+    def student_adapter(self) -> AdapterSpec | LycorisSpec:
         config = self.config
+        if config.lora_type == "lycoris":
+            assert config.lycoris_config is not None, "filled in by default"
+            return LycorisSpec(config.lycoris_config, config.init_lokr_norm)
         return AdapterSpec(
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             init=True if config.lora_init_type == "default" else config.lora_init_type,
             dropout=config.lora_dropout,
             targets=tuple(config.peft_lora_target_modules) if config.peft_lora_target_modules else None,
+            dora=config.use_dora,
         )
 
     @property
-    def detail_adapter(self) -> AdapterSpec:
+    def detail_adapter(self) -> AdapterSpec | LycorisSpec:
         """The low-noise expert: a LoRA on the conditioning layers and the head as well, which alone fit each expert to
         its noise levels in the parameter-efficient form of the dual-expert paper (arXiv 2506.03123)."""
         student = self.student_adapter
+        if isinstance(student, LycorisSpec):
+            return student
         targets = (*(student.targets or DEFAULT_TARGETS), *CONDITIONING_TARGETS)
         return AdapterSpec(student.rank, student.alpha, student.init, 0.0, targets)
 
@@ -162,8 +225,23 @@ class Assembly:
     def student_sampler(self) -> Sampler:
         config = self.config
         if not self.schedule.ladder:
-            return Sampler(self.schedule, "ode", config.validation_num_inference_steps, config.validation_guidance)
-        return Sampler(self.schedule, config.distillation.transition, guidance=1.0)
+            steps, guidance = config.validation_num_inference_steps, config.validation_guidance
+            return Sampler(self.schedule, "ode", steps, guidance, self.block_sampling)
+        return Sampler(self.schedule, config.distillation.transition, guidance=1.0, blocks=self.block_sampling)
+
+    @property
+    def block_sampling(self) -> BlockSampling | None:
+        """How a causal student makes a clip; None for one that makes it at once."""
+        settings: Any = self.config.distillation_config
+        if settings is None or not settings.blockwise:
+            return None
+        return BlockSampling(
+            num_frame_per_block=settings.num_frame_per_block,
+            independent_first_frame=settings.independent_first_frame,
+            context_noise=getattr(settings, "context_noise", 0.0),
+            sink_frames=settings.sink_frames,
+            local_attn_frames=settings.local_attn_frames,
+        )
 
     def sampled_student(self, roles: Roles) -> Denoiser:
         """The student as it is sampled: both experts, where there are two."""
@@ -195,6 +273,8 @@ class Assembly:
             caption_dropout_probability=config.caption_dropout_probability,
             critic=roles.critic,
             target=target,
+            weak=self._weak_critic(roles),
+            discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
         )
         try:
@@ -206,6 +286,31 @@ class Assembly:
                 key="distillation_config",
                 fix="widen min_timestep_ratio … max_timestep_ratio, or set ts_schedule to false",
             ) from error
+
+    def _weak_critic(self, roles: Roles) -> WanDenoiser | None:
+        """The critic's adapter at a strength that the method sets, for weak-to-strong matching."""
+        settings, critic = self.config.distillation_config, roles.critic
+        if not isinstance(settings, MatchingOptions) or not settings.weak_critic:
+            return None
+        assert critic is not None and critic.switch is not None, "a critic of its own weights has no fraction"
+        return WanDenoiser(critic.transformer, critic.switch, critic.adapter, critic.autocast)
+
+    def _discriminator(self, roles: Roles) -> nn.Module | None:
+        """What judges features: of the critic, whose role it moves with, or of the teacher, in a role of its own."""
+        settings, critic = self.config.distillation_config, roles.critic
+        if settings is not None and settings.has_discriminator:
+            teacher = roles.teacher
+            hidden = min(1024, 4 * teacher.width)
+            heads = FeatureHeads(teacher.width, settings.feature_blocks(teacher.depth), hidden, self.config.seed)
+            roles.add_head("discriminator", heads.to(self.device))
+            return heads
+        if not isinstance(settings, MatchingOptions) or not settings.gan_weight:
+            return None
+        assert critic is not None, "the head reads the critic"
+        blocks = default_blocks(critic.depth) if settings.gan_blocks == "auto" else settings.gan_blocks
+        head = VideoHead(critic.width, blocks, seed=self.config.seed).to(self.device)
+        roles.add_head("critic", head, "discriminator.")
+        return head
 
     # --- data -------------------------------------------------------------------------------------------------------
 

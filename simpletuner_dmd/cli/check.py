@@ -6,23 +6,32 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpletuner_dmd.cli.check_data import (
+    as_json,
+    cache_estimate,
+    duplicates,
+    folder_problem,
+    geometry_of,
+    print_data,
+)
 from simpletuner_dmd.cli.common import add_config_arguments, load_config
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig, Problem
+    from simpletuner_dmd.data.plan import DataPlan
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
-SHOWN_REJECTIONS = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print one JSON document: ok, problems, data, notices")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document: ok, problems, data, cache, notices"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,13 +47,16 @@ def run(args: argparse.Namespace) -> int:
         print("\nReady to train.")
         return 0
 
-    document: dict[str, Any] = {"ok": False, "problems": [], "data": [], "notices": []}
+    document: dict[str, Any] = {"ok": False, "problems": [], "data": [], "cache": {}, "notices": []}
     with redirect_stdout(sys.stderr):  # nothing but the document goes to stdout
         try:
             loaded = load_config(args)
             document["notices"] = loaded.notices
             problems, scans = examine(loaded)
-            document["data"] = [scan_as_dict(scan) for scan in scans]
+            if scans:
+                plan, same, cost = _data_facts(loaded, scans)
+                document["data"], document["cache"] = as_json(scans, plan, same), cost
+                document["notices"] = [*loaded.notices, *plan.notices()]
             document["problems"] = [problem.as_dict() for problem in problems]
             document["ok"] = not problems
         except UserError as error:
@@ -54,45 +66,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
-    """What stands in the way of this run, and the scan of every dataset whose folder is there."""
+    """What stands in the way of this run, and the scan of every dataset that can be reached."""
     from simpletuner_dmd.config import UserError
-    from simpletuner_dmd.data.prepare import scan_datasets
+    from simpletuner_dmd.data.prepare import look_at_dataset
 
     problems = [*model_problems(loaded), *output_problems(loaded)]
-    present = []
+    scans: list[Any] = []
     for entry in loaded.datasets:
         missing = folder_problem(entry, loaded.config)
         if missing:
             problems.append(missing)
-        else:
-            present.append(entry)
-    scans: list[Any] = []
-    try:
-        scans = scan_datasets(present, loaded.config)
-        problems += [problem for scan in scans if (problem := nothing_usable(scan))]
-    except UserError as error:
-        problems += error.problems
-    return problems, scans
+            continue
+        try:
+            scans.append(look_at_dataset(entry, loaded.config, geometry_of(loaded)))
+        except UserError as error:
+            problems += error.problems
+    return problems + [problem for scan in scans if (problem := nothing_usable(scan))], scans
 
 
-def folder_problem(entry: Any, config: Any) -> Problem | None:
-    """A dataset whose folder is missing or empty, and that has no cache to stand in for it."""
-    from simpletuner_dmd.config import Problem
-    from simpletuner_dmd.data.manifest import stands_in
+def _data_facts(loaded: LoadedConfig, scans: list[Any]) -> tuple[DataPlan, list[list[str]], dict[str, Any]]:
+    from simpletuner_dmd.data.plan import DataPlan
 
-    folder = Path(entry.instance_data_dir)
-    where = f'dataset "{entry.id}"'
-    if stands_in(entry, config) is not None:
-        return None
-    if not folder.exists():
-        return Problem(where, "instance_data_dir", f"there is no {folder}", "correct the path, or put the files there")
-    if folder.is_file():
-        if entry.dataset_type == "prompts":
-            return None
-        return Problem(where, "instance_data_dir", f"{folder} is a file, not a folder", "name the folder it is in")
-    if not any(folder.iterdir()):
-        return Problem(where, "instance_data_dir", f"{folder} is empty", "put the files there")
-    return None
+    return DataPlan.of(scans, loaded.config), duplicates(scans), cache_estimate(loaded, scans)
 
 
 def nothing_usable(scan: Any) -> Problem | None:
@@ -103,7 +98,7 @@ def nothing_usable(scan: Any) -> Problem | None:
         return None
     reasons = "; ".join(f"{Path(bad.path).name}: {bad.reason}" for bad in scan.rejected[:5])
     more = f"; and {len(scan.rejected) - 5} more" if len(scan.rejected) > 5 else ""
-    found = f"{scan.entry.instance_data_dir} has no usable sample"
+    found = f"{scan.settings.folder} has no usable sample"
     return Problem(
         f'dataset "{scan.entry.id}"', "instance_data_dir", found + (f" ({reasons}{more})" if reasons else ""),
         "check the files, and minimum_image_size, video.num_frames and video.min_frames of this dataset",
@@ -111,7 +106,7 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Local model folders that lack a part. Reads file names only; Hub ids are not looked up."""
+    """Local model folders that lack a part, or whose depth a setting does not fit; Hub ids are not looked up."""
     from simpletuner_dmd.config import Problem
 
     config, problems = loaded.config, []
@@ -137,7 +132,27 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
                         f"a diffusers pipeline folder has {', '.join(PARTS)}",
                         "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
+        elif part == "transformer":
+            problems += depth_problems(loaded, folder if own_folder else folder / subfolder)
     return problems
+
+
+def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
+    """Blocks in `tread_config` and in the method's settings that the transformer in this folder does not have."""
+    from simpletuner_dmd.config.read import read_json
+    from simpletuner_dmd.config.tread import depth_of
+
+    config, file = loaded.config, folder / "config.json"
+    found: list[Problem] = []
+    if not file.is_file():
+        return found
+    depth = depth_of(read_json(file, str(file)))
+    if config.tread_config is not None:
+        found += config.tread_config.depth_problems(depth, loaded.origins.get("tread_config", ""))
+    if config.distillation_config is not None:
+        place = loaded.origins.get("distillation_config.gan_blocks", "")
+        found += config.distillation_config.depth_problems(depth, place)
+    return found
 
 
 def output_problems(loaded: LoadedConfig) -> list[Problem]:
@@ -147,7 +162,9 @@ def output_problems(loaded: LoadedConfig) -> list[Problem]:
     config, problems = loaded.config, []
     places = [("output_dir", config.output_dir), ("cache_dir_text", str(loaded.text_cache_dir))]
     places += [
-        ("cache_dir_vae", str(entry.cache_dir_vae)) for entry in loaded.datasets if entry.dataset_type == "video"
+        ("cache_dir_vae", str(entry.cache_dir_vae))
+        for entry in loaded.datasets
+        if entry.dataset_type in ("video", "image")
     ]
     for key, written in places:
         folder = Path(written).expanduser().absolute()
@@ -164,38 +181,12 @@ def output_problems(loaded: LoadedConfig) -> list[Problem]:
     return problems
 
 
-def scan_as_dict(scan: Any) -> dict[str, Any]:
-    return {
-        "id": scan.entry.id,
-        "dataset_type": scan.entry.dataset_type,
-        "folder": scan.entry.instance_data_dir,
-        "usable": len(scan.usable),
-        "rejected": [{"path": str(bad.path), "reason": bad.reason} for bad in scan.rejected],
-        "buckets": {str(name): count for name, count in scan.buckets.items()},
-    }
-
-
-def _print_report(loaded: LoadedConfig, scans: Iterable[Any]) -> None:
+def _print_report(loaded: LoadedConfig, scans: list[Any]) -> None:
     print(f"Configuration: {loaded.path}")
     for line in loaded.differences_from_defaults():
         print(f"  {line}")
-    rows = [("dataset", "usable", "left out", "shapes")]
-    rejected: list[Any] = []
-    for scan in scans:
-        shapes = ", ".join(f"{name}: {count}" for name, count in scan.buckets.items())
-        rows.append((scan.entry.id, str(len(scan.usable)), str(len(scan.rejected)), shapes))
-        rejected += scan.rejected
-    if len(rows) > 1:
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        print("\nData:")
-        for name, usable, left_out, shapes in rows:
-            print(f"  {name:<{widths[0]}}  {usable:>{widths[1]}}  {left_out:>{widths[2]}}  {shapes}".rstrip())
-    if rejected:
-        print("\nLeft out:")
-        for bad in rejected[:SHOWN_REJECTIONS]:
-            print(f"  {bad.path}: {bad.reason}")
-        if len(rejected) > SHOWN_REJECTIONS:
-            print(f"  and {len(rejected) - SHOWN_REJECTIONS} more; --json lists all")
+    if scans:
+        print_data(scans, *_data_facts(loaded, scans))
     if loaded.notices:
         print("\nGood to know:")
         for notice in loaded.notices:

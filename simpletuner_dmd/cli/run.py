@@ -23,6 +23,7 @@ from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
+from simpletuner_dmd.cli.starting import start_student
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook
@@ -116,10 +117,12 @@ class TrainingRun:
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
+        checkpoint = self._checkpoint()
+        if checkpoint is None and config.init_lora is not None and config.model_type == "lora":
+            lines += start_student(roles, Path(config.init_lora))
         average = student_average(config, roles)
         method = self.assembly.method(roles, None if average is None else AveragedDenoiser(roles.student, average))
         steps = self._total_steps(data)
-        checkpoint = self._checkpoint()
         tracking = self._tracking(checkpoint)
         trainer = Trainer(
             self._trainer_settings(steps),
@@ -137,6 +140,7 @@ class TrainingRun:
             self.say(f"Resuming from {checkpoint} (step {trainer.step} of {steps})")
         if self.main:  # not before: what cannot go on must leave the settings of the run that is there
             write_resolved(loaded, self.output_dir)
+            data.save_plan(self.output_dir)
         for line in [*lines, *self._self_test(roles, data, fresh=checkpoint is None), *data.notices]:
             self.say(line)
         self.say(data.report())
@@ -230,7 +234,9 @@ class TrainingRun:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.accelerator.device)
         text = data.negative_text.to(self.accelerator.device)
         shared = config.model_type == "lora" or config.base_model_precision == "no_change"
-        return self_test(roles, noise, text, fresh=fresh, shared_numerics=shared)
+        elsewhere = config.init_lora is not None or config.init_lokr_norm is not None
+        started = {"student"} if elsewhere or self.assembly.block_sampling is not None else set()
+        return self_test(roles, noise, text, fresh=fresh, shared_numerics=shared, started_elsewhere=started)
 
     def _start_facts(self, steps: int, done: int) -> dict[str, Any]:
         config, device = self.config, self.accelerator.device

@@ -10,14 +10,17 @@ from torch import Tensor
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.export import export_full, export_lora
 from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.load_back import LoadBack, check_export
+from simpletuner_dmd.publish.lycoris import export_lycoris
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.loading import load_pipeline
+from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
 
 log = logging.getLogger(__name__)
@@ -64,8 +67,11 @@ class Shipper:
         return ExportInfo(
             run_name=config.tracker_run_name,
             method=config.distillation_method or "",
-            schedule=assembly.schedule,
+            schedule=self._schedule(config.validation_num_inference_steps),
             renoise=assembly.student_sampler.renoise,
+            blocks=assembly.block_sampling,
+            boundary=config.distillation_config.boundary if config.distillation_config else 0.0,
+            vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
             base_hash=assembly.source.fingerprint("transformer", "transformer"),
             model_type=config.model_type,
@@ -83,7 +89,16 @@ class Shipper:
             tool_version=__version__,
             note=config.model_card_note,
             hub_repo=config.hub_model_id or "",
+            adapter=config.lora_type,
+            teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
         )
+
+    def _schedule(self, steps: int) -> Schedule:
+        """As trained. A causal student without a ladder ships with Euler steps: no stock solver works by blocks."""
+        schedule = self.assembly.schedule
+        if schedule.ladder or self.assembly.block_sampling is None:
+            return schedule
+        return Schedule(schedule.shift, euler_sigmas(steps, schedule.shift))
 
     def _trained_sizes(self, data: PreparedData | None) -> tuple[tuple[int, int, int], ...]:
         geometry = self.assembly.geometry
@@ -101,13 +116,37 @@ class Shipper:
             export_full(folder, roles.student.transformer, info)
             return
         formats = ("diffusers", "comfyui") if self.config.lora_format == "both" else (self.config.lora_format,)
+        if isinstance(adapter, LycorisSpec):
+            self._export_lycoris(folder, roles, adapter, info, formats)
+            return
+        if adapter.dora or info.blocks is not None:  # ComfyUI has no DoRA of this kind, and no block-wise sampling
+            formats = ("diffusers",)
+        low_noise = roles.tensors("detail") if "detail" in roles.parameters else None
         export_lora(
-            folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats
+            folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
+            low_noise=low_noise,
+        )  # fmt: skip
+
+    def _export_lycoris(
+        self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: tuple[str, ...]
+    ) -> None:
+        switch = roles.student.switch
+        assert isinstance(switch, LycorisSwitch)
+        export_lycoris(
+            folder,
+            roles.tensors("student"),
+            alphas=switch.constants("student"),
+            multiplier=adapter.options.multiplier,
+            rank=adapter.options.linear_dim,
+            description=adapter.options.model_dump(mode="json", exclude_defaults=True) | {"algo": adapter.options.algo},
+            info=info,
+            formats=formats,
         )
 
     def reference(self, roles: Roles, text: TextEmbedding, latent_shape: tuple[int, int, int, int]) -> Reference:
         """Samples the student by training's own sampler, in the precision the export will be loaded in."""
-        schedule, renoise = self.assembly.schedule, self.assembly.student_sampler.renoise
+        sampler = self.assembly.student_sampler
+        schedule, renoise = self._schedule(self.config.validation_num_inference_steps), sampler.renoise
         if not schedule.ladder:
             schedule = Schedule(schedule.shift, euler_sigmas(CHECK_STEPS, schedule.shift))
         shape, seed, device = (1, *latent_shape), self.config.validation_seed, self.assembly.device
@@ -115,14 +154,16 @@ class Shipper:
         try:
             with roles.evaluating():
                 text = text.to(device)
-                latents = Sampler(schedule, renoise)(roles.student, text, text, shape, seed, device)
+                student = self.assembly.sampled_student(roles)
+                latents = Sampler(schedule, renoise, blocks=sampler.blocks)(student, text, text, shape, seed, device)
         finally:
             roles.student.autocast = autocast
         return Reference(text, shape, seed, schedule, renoise, latents)
 
     def load_back(self, folder: Path, reference: Reference) -> LoadBack:
         """Whether a fresh stock WanPipeline with the exported files samples what `reference` holds."""
-        if self.config.model_type == "lora" and self.config.lora_format == "comfyui":
+        standard = self.config.lora_type == "standard"  # a LyCORIS file is always there
+        if self.config.model_type == "lora" and standard and self.config.lora_format == "comfyui":
             return LoadBack(0.0, True, "not compared: only ComfyUI's file was asked for, which stock diffusers is not")
         transformer = self.assembly.base_transformer(quantised=self.config.model_type == "lora")
         pipeline = load_pipeline(self.assembly.source, transformer)

@@ -223,8 +223,8 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[Ite
 
     from simpletuner_dmd.data.text_store import text_key
     from simpletuner_dmd.flow import TextEmbedding
+    from simpletuner_dmd.wan.denoiser import WanDenoiser
     from simpletuner_dmd.wan.loading import choose_attention
-    from simpletuner_dmd.wan.roles import WanDenoiser
 
     network = assembly.base_transformer().eval()
     choose_attention(network, assembly.config.attention_mechanism)

@@ -49,7 +49,8 @@ def _announce(loaded: LoadedConfig) -> None:
 
 def examine_run(loaded: LoadedConfig) -> None:
     """Everything that can be known to fail is said before anything is loaded or written."""
-    from simpletuner_dmd.cli.check import folder_problem, model_problems, output_problems
+    from simpletuner_dmd.cli.check import model_problems, output_problems
+    from simpletuner_dmd.cli.check_data import folder_problem
     from simpletuner_dmd.config import UserError
 
     problems = [*model_problems(loaded), *output_problems(loaded)]

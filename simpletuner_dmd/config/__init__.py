@@ -1,6 +1,6 @@
 """What a person may write: the schema of every option, finding and merging files, errors. No torch in this room."""
 
-from simpletuner_dmd.config.databackend import DatasetEntry, VideoOptions
+from simpletuner_dmd.config.databackend import DatasetEntry, TableOptions, VideoOptions
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.load import LoadedConfig, load
 from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions, DmdConfig
@@ -16,6 +16,7 @@ __all__ = [
     "DmdConfig",
     "LoadedConfig",
     "Problem",
+    "TableOptions",
     "TrainConfig",
     "UserError",
     "VideoOptions",

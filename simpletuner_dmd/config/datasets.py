@@ -2,24 +2,49 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from simpletuner_dmd.config.coerce import means_none
-from simpletuner_dmd.config.databackend import PLAIN_NAME, USED_BY, DatasetEntry, VideoOptions
+from simpletuner_dmd.config.databackend import (
+    BUILTIN,
+    PLAIN_NAME,
+    DatasetEntry,
+    TableOptions,
+    VideoOptions,
+    idle_keys,
+)
 from simpletuner_dmd.config.errors import Problem
 from simpletuner_dmd.config.layers import bare
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
+from simpletuner_dmd.config.read import exists, is_file
 from simpletuner_dmd.config.run_options import DEMO, native_size
 from simpletuner_dmd.config.schema import TrainConfig, frames_4n1
-from simpletuner_dmd.config.simpletuner_keys import DATASET_ABSENT_KEYS, VIDEO_ABSENT_KEYS
+from simpletuner_dmd.config.simpletuner_keys import DATASET_ABSENT_KEYS, TABLE_ABSENT_KEYS, VIDEO_ABSENT_KEYS, Absent
 
-DATASET_ALIASES = {"disable": "disabled", "aws_data_prefix": "instance_data_dir"}
+DATASET_ALIASES = {
+    "disable": "disabled",
+    "aws_data_prefix": "instance_data_dir",
+    "csv_cache_dir": "download_dir",
+    "parquet": "table",
+}
+# SimpleTuner's names for what the `table` block says here.
+TABLE_KEYS = {"csv_file": "path", "csv_url_column": "filename_column", "csv_caption_column": "caption_column"}
+HUB = "huggingface"
+DOWNLOADS = "cache/downloads"
+BLOCKS: dict[str, tuple[type[BaseModel], dict[str, Absent]]] = {
+    "video": (VideoOptions, VIDEO_ABSENT_KEYS),
+    "table": (TableOptions, TABLE_ABSENT_KEYS),
+}
 TOP_LEVEL_VIDEO_KEYS = tuple(VideoOptions.model_fields)
+
+ENVIRONMENT = re.compile(r"\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
 
 Resolve = Callable[[str], Path]
 
@@ -78,14 +103,15 @@ def _name(raw: dict[str, Any], number: int) -> str:
 def _read_entry(raw: dict[str, Any], number: int, file: str, found: Datasets) -> DatasetEntry | None:
     name = _name(raw, number)
     values = {DATASET_ALIASES.get(bare(key), bare(key)): value for key, value in raw.items()}
-    _accept_short_form(values, name, found)
     problems_before = len(found.problems)
-    _drop_unknown(values, f"{name}: ", file, set(DatasetEntry.model_fields), DATASET_ABSENT_KEYS, found)
-    if isinstance(values.get("video"), dict):
-        values["video"] = dict(values["video"])
-        _drop_unknown(
-            values["video"], f"{name}: video.", file, set(VideoOptions.model_fields), VIDEO_ABSENT_KEYS, found
-        )
+    _fill_environment(values, name, file, found)
+    _accept_other_names(values)
+    _accept_short_form(values, name, found)
+    _drop_unknown(values, f"{name}: ", file, DatasetEntry, DATASET_ABSENT_KEYS, found)
+    for block, (model, absent) in BLOCKS.items():
+        if isinstance(values.get(block), dict):
+            values[block] = dict(values[block])
+            _drop_unknown(values[block], f"{name}: {block}.", file, model, absent, found)
     try:
         entry = DatasetEntry.model_validate(values)
     except ValidationError as error:
@@ -94,13 +120,46 @@ def _read_entry(raw: dict[str, Any], number: int, file: str, found: Datasets) ->
         return None
     if not entry.disabled:
         found.problems += _entry_problems(entry, name, file)
-        idle = sorted(entry.model_fields_set - USED_BY[entry.dataset_type])
+        idle = idle_keys(entry)
         if idle:
-            found.notices.append(f"{name}: {', '.join(idle)} has no effect on a {entry.dataset_type} entry.")
-        if entry.video.num_frames != frames_4n1(entry.video.num_frames):
+            found.notices.append(
+                f"{name}: {', '.join(idle)} has no effect on dataset_type {entry.dataset_type}, type {entry.type}."
+            )
+        if entry.dataset_type != "image" and entry.video.num_frames != frames_4n1(entry.video.num_frames):
             rounded = frames_4n1(entry.video.num_frames)
             found.notices.append(f"{name}: num_frames {entry.video.num_frames} -> {rounded}: Wan takes 4n+1 frames.")
     return entry if entry.disabled or len(found.problems) == problems_before else None
+
+
+def _fill_environment(values: dict[str, Any], name: str, file: str, found: Datasets) -> None:
+    """{env:NAME} inside a value is what the environment says, so that secrets need not stand in the file."""
+    for key, value in values.items():
+        if not isinstance(value, str):
+            continue
+        for variable in ENVIRONMENT.findall(value):
+            if variable not in os.environ:
+                found.problems.append(
+                    Problem(file, f"{name}: {key}", f"the environment has no variable {variable}",
+                            f"set it before the start: export {variable}=...")
+                )  # fmt: skip
+        values[key] = ENVIRONMENT.sub(lambda match: os.environ.get(match[1], ""), value)
+
+
+def _accept_other_names(values: dict[str, Any]) -> None:
+    """What SimpleTuner spreads over keys of their own: the Hub's in a block, a table's outside of one."""
+    if isinstance(values.get(HUB), dict):
+        for key, value in values.pop(HUB).items():
+            values.setdefault(key, value)
+    if values.get("type") == HUB:
+        # There a table of its own names files and captions, so these say nothing more.
+        for key in ("caption_strategy", "metadata_backend"):
+            if values.get(key) == HUB:
+                del values[key]
+        if "cache_dir" in values:
+            values.setdefault("download_dir", values.pop("cache_dir"))
+    table = {inner: values.pop(key) for key, inner in TABLE_KEYS.items() if key in values}
+    if table:
+        values["table"] = {**table, **(values["table"] if isinstance(values.get("table"), dict) else {})}
 
 
 def _accept_short_form(values: dict[str, Any], name: str, found: Datasets) -> None:
@@ -115,16 +174,16 @@ def _accept_short_form(values: dict[str, Any], name: str, found: Datasets) -> No
         values["video"] = inner
         found.notices.append(f"{name}: {', '.join(moved)} at the top level; read as if inside its `video` block.")
     kind = values.get("dataset_type", "video")
-    if kind == "video" and "cache_dir" in values:
+    if kind in ("video", "image") and "cache_dir" in values:
         folder = values.pop("cache_dir")
         values.setdefault("cache_dir_vae", folder)
-        found.notices.append(f"{name}: cache_dir on a video dataset; read as cache_dir_vae.")
+        found.notices.append(f"{name}: cache_dir on a {kind} dataset; read as cache_dir_vae.")
 
 
-def _drop_unknown(values: dict[str, Any], prefix: str, file: str, known: set[str], absent: dict[str, Any],
+def _drop_unknown(values: dict[str, Any], prefix: str, file: str, model: type[BaseModel], absent: dict[str, Absent],
                   found: Datasets) -> None:  # fmt: skip
     """Takes unknown keys out (each a problem or a notice), and keys that are null, which count as unset."""
-    model = VideoOptions if prefix.endswith("video.") else DatasetEntry
+    known = set(model.model_fields)
     for key in list(values):
         if key not in known:
             problem, notice = unknown_key(file, key, values.pop(key), known, absent, prefix)
@@ -134,19 +193,48 @@ def _drop_unknown(values: dict[str, Any], prefix: str, file: str, known: set[str
             del values[key]
 
 
+def _place_problems(entry: DatasetEntry, name: str, file: str) -> list[Problem]:
+    """Whether the entry says where its samples are."""
+    if entry.type == "huggingface":
+        if entry.dataset_name:
+            return []
+        return [Problem(file, f"{name}: dataset_name", "is missing: nothing says which dataset of the Hub",
+                        'add "dataset_name": "owner/name", or a folder of parquet files')]  # fmt: skip
+    if entry.type == "aws":
+        if entry.aws_bucket_name:
+            return []
+        return [Problem(file, f"{name}: aws_bucket_name", "is missing: nothing says which bucket",
+                        'add "aws_bucket_name": "my-bucket"')]  # fmt: skip
+    if entry.type == "csv":
+        if entry.table.path:
+            return []
+        return [Problem(file, f"{name}: csv_file", "is missing: nothing says where the table is",
+                        'add "csv_file": "path/to/the/table.csv"')]  # fmt: skip
+    if entry.instance_data_dir:
+        return []
+    return [Problem(file, f"{name}: instance_data_dir", "is missing: nothing says where the samples are",
+                    'add "instance_data_dir": "path/to/the/folder"')]  # fmt: skip
+
+
 def _entry_problems(entry: DatasetEntry, name: str, file: str) -> list[Problem]:
-    problems = []
-    if entry.is_training_data and not entry.instance_data_dir:
+    problems = _place_problems(entry, name, file) if entry.is_training_data else []
+    if entry.instance_data_dir == BUILTIN and entry.dataset_type not in ("prompts", "text_embeds"):
         problems.append(
-            Problem(file, f"{name}: instance_data_dir", "is missing: nothing says where the samples are",
-                    'add "instance_data_dir": "path/to/the/folder"')
+            Problem(file, f"{name}: instance_data_dir",
+                    f'"{BUILTIN}" is a set of prompts, not of {entry.dataset_type}s',
+                    'set "dataset_type": "prompts", or name a folder')
+        )  # fmt: skip
+    if {entry.caption_strategy, entry.metadata_backend} >= {"csv", "parquet"}:
+        problems.append(
+            Problem(file, f"{name}: metadata_backend", "found parquet beside csv; one table serves both",
+                    "write the same kind in caption_strategy and metadata_backend")
         )  # fmt: skip
     if entry.dataset_type == "prompts" and entry.resolution is not None and entry.size is None:
         problems.append(
             Problem(file, f"{name}: resolution", f"found {entry.resolution:g}; prompts have no shape of their own, "
                     "so both sides must be given", 'for example "resolution": "832x480"')
         )  # fmt: skip
-    if entry.dataset_type == "video" and entry.size is not None:
+    if entry.dataset_type in ("video", "image") and entry.size is not None:
         problems.append(
             Problem(file, f"{name}: resolution", f'found "{entry.resolution}"; videos keep their own shapes, '
                     "so this is one number", 'for example "resolution": 480 with "resolution_type": "pixel_area"')
@@ -167,7 +255,10 @@ def _check_names(found: Datasets, file: str) -> None:
     taken: set[str] = set()
     for entry in found.entries:
         if not entry.id:
-            stem = Path(entry.instance_data_dir or "dataset").expanduser().stem
+            place = entry.dataset_name or entry.aws_bucket_name or entry.table.path
+            if entry.type == "local":
+                place = entry.instance_data_dir
+            stem = Path(place or "dataset").expanduser().stem
             # Characters that could leave the cache folder become dashes.
             entry.id = "".join(c if PLAIN_NAME.fullmatch(f"a{c}") else "-" for c in stem).strip(".- ") or "dataset"
         if entry.id in taken:
@@ -180,11 +271,20 @@ def _check_names(found: Datasets, file: str) -> None:
 def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) -> None:
     """Fills what the entries leave out from config.json, and makes their folders absolute; caches go below `cwd`."""
     for entry in found.entries:
-        if entry.instance_data_dir and entry.instance_data_dir != DEMO:
+        if entry.instance_data_dir and entry.type != "aws" and entry.instance_data_dir not in (DEMO, BUILTIN):
             entry.instance_data_dir = str(resolve(entry.instance_data_dir))
+        if entry.table.path:
+            # Beside the files it speaks of, or where a path of the config file is looked for.
+            inside = Path(entry.instance_data_dir or "") / entry.table.path
+            entry.table.path = str(inside if entry.instance_data_dir and is_file(inside) else resolve(entry.table.path))
+        if entry.type == "huggingface" and entry.dataset_name and exists(resolve(entry.dataset_name)):
+            entry.dataset_name = str(resolve(entry.dataset_name))
+        if entry.dataset_type == "image":
+            entry.video = VideoOptions(num_frames=1)
+        entry.download_dir = _cache(entry.download_dir or f"{DOWNLOADS}/{entry.id}", cwd)
         if entry.resolution is None:
-            is_video = entry.dataset_type == "video"
-            entry.resolution = float(config.resolution) if is_video else native_size(config.model_flavour)
+            has_shapes = entry.dataset_type != "prompts"
+            entry.resolution = float(config.resolution) if has_shapes else native_size(config.model_flavour)
         entry.resolution_type = entry.resolution_type or config.resolution_type
         if entry.minimum_image_size is None:
             entry.minimum_image_size = config.minimum_image_size
@@ -206,7 +306,7 @@ def _cache(folder: str | Path, cwd: Path) -> str:
 
 def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) -> list[Problem]:
     """Losses that read videos, on a run that only has prompts."""
-    if not entries or any(entry.dataset_type == "video" for entry in entries):
+    if not entries or any(entry.dataset_type != "prompts" for entry in entries):
         return []
     if config.distillation_config is None:
         return [
@@ -214,9 +314,8 @@ def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) ->
                     'add a "video" dataset, or set "distillation_method": "dmd"')
         ]  # fmt: skip
     if config.distillation.needs_latents:
-        who, fix = str(config.distillation_method), 'add a "video" dataset'
-        if getattr(config.distillation, "rollout", None) == "data_latent":
-            who, fix = 'rollout "data_latent"', fix + ', or set "rollout": "simulate"'
+        who, instead = config.distillation.latents_are_for or (str(config.distillation_method), "")
+        fix = 'add a "video" dataset' + (f", or {instead}" if instead else "")
         return [Problem(file, "dataset_type", f"{who} learns from videos, and every dataset here is prompts", fix)]
     return []
 
@@ -224,7 +323,7 @@ def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) ->
 def size_notices(config: TrainConfig, entries: list[DatasetEntry]) -> list[str]:
     """Where validation renders what training never sees."""
     found = []
-    trained_frames = sorted({entry.video.num_frames for entry in entries})
+    trained_frames = sorted({entry.video.num_frames for entry in entries if entry.dataset_type != "image"})
     if config.frames_cap is not None:
         trained_frames = sorted({min(frames, config.frames_cap) for frames in trained_frames})
     if not config.validation_disable and trained_frames and config.validation_num_video_frames not in trained_frames:

@@ -16,11 +16,13 @@ from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.read import is_file, parse_json, read_json
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.tread import KEY as TREAD
 
 COMMAND_LINE = "command line"
 ENVIRONMENT = "environment"
 PREFIX = "SIMPLETUNER_"
 NESTED = "distillation_config"
+NO_OBJECT = {"", "none", "null"}
 
 ALIASES = {
     "checkpointing_steps": "checkpoint_step_interval",
@@ -63,6 +65,12 @@ class Layer:
         if key == NESTED:
             self._add_nested(value, place, folders)
             return
+        if key == TREAD:
+            try:
+                value, place = _unwrapped(key, value, place, folders)
+            except UserError as error:
+                self.problems += error.problems
+                return
         if key in self.values and self.values[key] != value:
             if key == "validation_prompt_library" and value in (False, None, "false"):
                 return  # SimpleTuner has two keys here; the built-in library being off does not unset the user's own
@@ -77,9 +85,9 @@ class Layer:
         self.places[key] = place
 
     def _add_nested(self, value: Any, place: str, folders: tuple[Path, ...]) -> None:
-        if isinstance(value, str) and value.strip().lower() not in {"", "none", "null"}:
+        if isinstance(value, str) and value.strip().lower() not in NO_OBJECT:
             try:
-                value, place = _object_or_file(value, place, folders)
+                value, place = _object_or_file(value, place, folders, NESTED)
             except UserError as error:
                 self.problems += error.problems
                 return
@@ -101,6 +109,15 @@ class Layer:
             self.places[f"{NESTED}.{bare(inner)}"] = place
 
 
+def _unwrapped(key: str, value: Any, place: str, folders: tuple[Path, ...]) -> tuple[Any, str]:
+    """The object itself, where it was written as text, as a file's path, or inside an object of its own name."""
+    if isinstance(value, str) and value.strip().lower() not in NO_OBJECT:
+        value, place = _object_or_file(value, place, folders, key)
+    if isinstance(value, dict) and set(value) == {key}:
+        value = value[key]
+    return value, place
+
+
 def bare(key: str) -> str:
     """A key without the leading dashes that SimpleTuner's files may have."""
     return key.removeprefix("--")
@@ -115,14 +132,14 @@ def _inverted(value: Any) -> Any:
     return True if word in FALSE_WORDS else value
 
 
-def _object_or_file(value: str, place: str, folders: tuple[Path, ...]) -> tuple[Any, str]:
+def _object_or_file(value: str, place: str, folders: tuple[Path, ...], key: str) -> tuple[Any, str]:
     if value.lstrip().startswith("{"):
-        return parse_json(value, place, NESTED), place
+        return parse_json(value, place, key), place
     for folder in folders:
         if is_file(folder / value):
             return read_json(folder / value, value), value
     looked = ", ".join(str(folder / value) for folder in folders)
-    raise UserError(f"found no file {value}; looked for {looked}", file=place, key=NESTED, fix="check the path")
+    raise UserError(f"found no file {value}; looked for {looked}", file=place, key=key, fix="check the path")
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------

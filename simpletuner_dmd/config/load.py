@@ -27,6 +27,7 @@ from simpletuner_dmd.config.layers import (
     option_field,
     take_selectors,
 )
+from simpletuner_dmd.config.lycoris import read_lycoris
 from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
@@ -35,6 +36,9 @@ from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, METHOD_ABSENT_KEYS
+from simpletuner_dmd.config.starting import resolve_starts
+from simpletuner_dmd.config.tread import KEY as TREAD
+from simpletuner_dmd.config.tread import read_tread
 
 DEFAULT = "default"
 DATA_FILE = "multidatabackend.json"
@@ -140,8 +144,11 @@ def load(
     ]
     problems = [problem for layer in layers for problem in layer.problems]
     values, origins = _merge(layers)
+    read_lycoris(values, origins, folders, problems, notices)
     _sort_out_unknown(values, origins, problems, notices)
+    _read_routes(values, origins, problems)
     options = _build(values, origins, name, problems)
+    resolve_starts(options, origins, name, lambda value: resolve_path(value, folders), problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:
         complete(datasets, options, lambda value: resolve_path(value, folders), cwd)
@@ -241,6 +248,13 @@ def _sort_out_unknown(
     if values.get("lr_scheduler") == "constant" and values.get("lr_warmup_steps") not in (None, 0, "0"):
         values["lr_scheduler"] = "constant_with_warmup"
         notices.append("lr_scheduler constant with lr_warmup_steps is read as constant_with_warmup.")
+
+
+def _read_routes(values: dict[str, Any], origins: dict[str, str], problems: list[Problem]) -> None:
+    """The routes of TREAD, read apart: their mistakes are named by the route and its key."""
+    if TREAD in values:
+        values[TREAD], mistakes = read_tread(values[TREAD], origins[TREAD])
+        problems += mistakes
 
 
 def _belongs(key: str, method: str) -> bool:

@@ -93,10 +93,13 @@ def _kinds(annotation: Any) -> Iterator[type]:
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Any]:
-    """The options of a group; of `distillation_config`, whose group depends on the method, those of all methods."""
+    """The options of a group; of `distillation_config`, whose group depends on the method, those of all methods.
+
+    An option that several methods have is described as by the first of them.
+    """
     if model is not DistillationOptions:
         return dict(model.model_fields)
-    return {name: field for method in METHODS.values() for name, field in method.model_fields.items()}
+    return {name: field for method in reversed(METHODS.values()) for name, field in method.model_fields.items()}
 
 
 def _message(detail: ErrorDetails, path: tuple[str | int, ...], annotation: Any) -> str:

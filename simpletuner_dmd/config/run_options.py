@@ -23,7 +23,9 @@ HUB_IDS: dict[str, str] = {
     "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
     "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
 }
-DistillationMethod = Literal["dmd"]
+DistillationMethod = Literal[
+    "dmd", "lcm", "pcm", "dcm", "rcm", "self_forcing", "diffusion_forcing", "ode_init"
+]  # fmt: skip
 
 NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
 SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
@@ -58,7 +60,10 @@ class ModelOptions(Options):
     )
     distillation_method: DistillationMethod | None = Field(
         None,
-        description="How the base becomes a few-step student; `dmd`: distribution matching. "
+        description="How the base becomes a few-step student. `dmd`: distribution matching. `lcm`, `pcm`, `dcm`: "
+        "consistency along the teacher's trajectory, in one piece, in phases, with two experts. `rcm`: matching beside "
+        "continuous-time consistency. `self_forcing`: matching for a student that works block by block, which "
+        "`ode_init` and `diffusion_forcing` warm up. "
         "Unset: ordinary supervised fine-tuning on your videos.",
     )
     pretrained_model_name_or_path: str = Field(
@@ -89,8 +94,9 @@ class DataOptions(Options):
     caption_dropout_probability: float = Field(
         default_factory=lambda data: 0.0 if data.get("distillation_method") else 0.1,
         ge=0, le=1,
-        description="Share of samples whose caption is replaced by the negative prompt: in supervised losses and on "
-        "the critic's turn. The student's turn never drops. Default: 0.1 for fine-tuning, 0 for distillation.",
+        description="Share of samples whose caption is replaced by the negative prompt: in supervised losses, on "
+        "the critic's turn, and where a consistency method learns without guidance. DMD's student never drops. "
+        "Default: 0.1 for fine-tuning, 0 for distillation.",
     )  # fmt: skip
     resolution: float = Field(
         480.0, gt=0,

@@ -16,6 +16,7 @@ from simpletuner_dmd.config.training_options import (
     OptimizerOptions,
     PrecisionOptions,
 )
+from simpletuner_dmd.config.tread import TreadConfig
 
 TEACHER_STEPS = 40
 
@@ -44,6 +45,11 @@ class TrainConfig(
         None,
         validate_default=True,
         description="The settings of `distillation_method`; also a path to a JSON file of them.",
+    )
+    tread_config: TreadConfig | None = Field(
+        None,
+        description="TREAD: in training, part of the video tokens bypasses spans of blocks, which saves time. Acts on "
+        "plain denoising losses: the student's in fine-tuning, the critic's in DMD. Also a path to a JSON file.",
     )
     benchmark_guidance: float = Field(
         default_factory=lambda data: _teacher_guidance(data),

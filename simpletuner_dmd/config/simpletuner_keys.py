@@ -41,7 +41,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("tread_config teacher_lora init_lora teacher_model_name_or_path pretrained_transformer_subfolder "
+    **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
             "optimizer_config eval_dataset_id eval_steps_interval gan_config instance_prompt "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
@@ -58,13 +58,6 @@ ABSENT_KEYS: dict[str, Absent] = {
     **_each("main_process_ip main_process_port same_network context_parallel_comm_strategy accelerate_config "
             "accelerate_extra_args dynamo_backend", Absent("one machine needs none of it", harmless=True)),
     "global_batch_size": Absent(f"{NOT_YET}; use train_batch_size x gradient_accumulation_steps x num_processes"),
-    "lycoris_config": Absent("it acts with lora_type lycoris, which is " + NOT_YET, harmless=True),
-    **_each("init_lokr_norm use_dora", LATER),
-    **_each("flow_schedule_auto_shift flow_use_uniform_schedule flow_use_beta_schedule flow_custom_timesteps",
-            Absent(f"{NOT_YET}; use flow_schedule_shift")),
-    **_each("flow_beta_schedule_alpha flow_beta_schedule_beta", Absent(
-        "it acts with flow_use_beta_schedule, which is " + NOT_YET, harmless=True)),
-    "flow_sigmoid_scale": Absent(f"{NOT_YET}; leave it out", off=(*OFF, 1, 1.0, "1", "1.0")),
     "target_downsample_size": Absent("write it on the dataset entry, in multidatabackend.json"),
     "base_model_default_dtype": Absent("what is not quantised is kept in bf16", off=(*OFF, "bf16")),
     **_each("text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision", Absent(
@@ -121,12 +114,9 @@ ABSENT_KEYS: dict[str, Absent] = {
 }  # fmt: skip
 
 METHOD_ABSENT_KEYS: dict[str, Absent] = {
-    **_each("gan_weight weak_lora_scale ground_truth_weight", LATER),
-    **_each("gan_critic_weight gan_start_step", Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True)),
-    "gan_blocks": Absent("it acts with gan_weight, which is " + NOT_YET, harmless=True),
-    "weak_mode": Absent("it acts with weak_lora_scale, which is " + NOT_YET, harmless=True),
-    **_each("enable_gradient_in_rollout start_gradient_frame chunk_size",
-            Absent("it acts for block-wise students, which are " + NOT_YET)),
+    "enable_gradient_in_rollout": Absent("the exit step always carries the gradient; start_gradient_frame bounds it",
+                                         off=(*OFF, True, "true")),
+    "chunk_size": Absent("use num_frame_per_block"),
     "shift": Absent("use flow_schedule_shift, beside distillation_config"),
 }  # fmt: skip
 
@@ -136,14 +126,20 @@ DATASET_ABSENT_KEYS: dict[str, Absent] = {
             "hash_filenames disable_validation text_embeds image_embeds", SPEED),
     **_each("only_instance_prompt", Absent("use caption_strategy instanceprompt")),
     **_each("train_batch_size", Absent("use train_batch_size in config.json, for all datasets")),
-    **_each("caption_shuffle caption_filter_list max_num_samples minimum_aspect_ratio maximum_aspect_ratio "
+    **_each("caption_shuffle caption_filter_list minimum_aspect_ratio maximum_aspect_ratio "
             "crop_aspect_buckets max_upscale_threshold start_epoch start_step end_epoch end_step", LATER),
     **_each("timestep_sampling_offset is_regularisation_data is_regularization_data slider_strength conditioning "
             "conditioning_data conditioning_type source_dataset_id grounding",
             Absent("it has no counterpart here; leave it out")),
     **_each("delete_unwanted_images delete_problematic_images delete_nsfw_images",
             Absent("use delete_problematic_images in config.json")),
-    "parquet": LATER, "csv_file": LATER, "dataset_name": LATER, "huggingface": LATER, "csv": LATER,
+    **_each("streaming num_proc auto_load aws_max_pool_connections", SPEED),
+    **_each("filter_func composite_image_config", LATER),
+}  # fmt: skip
+
+TABLE_ABSENT_KEYS: dict[str, Absent] = {
+    **_each("width_column height_column", Absent("sizes are read from the files themselves", harmless=True)),
+    "bbox_column": Absent("it has no counterpart here; leave it out"),
 }  # fmt: skip
 
 VIDEO_ABSENT_KEYS: dict[str, Absent] = {
@@ -155,8 +151,6 @@ _LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bn
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "distillation_method": _words("lcm dcm self_forcing diffusion_forcing ode_init"),
-    "lora_type": _words("lycoris"),
     "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
         "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged"
@@ -165,8 +159,4 @@ LATER_VALUES: dict[str, frozenset[str]] = {
     "text_encoder_1_precision": _LATER_PRECISIONS,
     "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
-    "type": _words("huggingface csv aws"),
-    "dataset_type": _words("image"),
-    "caption_strategy": _words("csv parquet jsonl"),
-    "metadata_backend": _words("csv parquet json huggingface"),
 }

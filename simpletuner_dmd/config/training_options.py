@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from simpletuner_dmd.config.coerce import Options, words
+from simpletuner_dmd.config.coerce import Options, numbers, words
+from simpletuner_dmd.config.lycoris import LycorisOptions
 
 DEFAULT_STEPS = 4000
 DISTILLATION_SHIFT = 5.0
@@ -24,6 +25,17 @@ Precision = Literal["no_change", "int8-quanto", "int4-quanto", "fp8-quanto"]
 
 def _scheduler_name(value: Any) -> Any:
     return "cosine" if value == "cosine_with_warmup" else value
+
+
+def _timesteps(value: Any) -> Any:
+    if value is None:
+        return None
+    steps = numbers(value)
+    if not steps:
+        raise ValueError("must name at least one timestep")
+    if any(not 0 < step <= 1000 for step in steps):
+        raise ValueError("must be timesteps above 0 and up to 1000; values up to 1 are sigmas")
+    return steps
 
 
 class LengthOptions(Options):
@@ -119,7 +131,11 @@ class PrecisionOptions(Options):
 class LoraOptions(Options):
     """The student's adapter."""
 
-    lora_type: Literal["standard"] = Field("standard", description="`standard` is a LoRA as PEFT makes it.")
+    lora_type: Literal["standard", "lycoris"] = Field(
+        "standard",
+        description="`standard` is a LoRA as PEFT makes it; `lycoris` is a network of the library of that name, which "
+        "`lycoris_config` describes.",
+    )
     lora_rank: int = Field(16, ge=1, le=4096, description="Rank of the student's LoRA. 64 to 128 suits distillation.")
     lora_alpha: float = Field(
         default_factory=lambda data: float(data["lora_rank"]),
@@ -132,6 +148,32 @@ class LoraOptions(Options):
     )
     peft_lora_target_modules: Annotated[list[str] | None, BeforeValidator(words)] = Field(
         None, description="Names of the layers that get an adapter. Default: attention and feed-forward of every block."
+    )
+    use_dora: bool = Field(
+        False,
+        description="Also trains the length of every row of the adapted weights (DoRA). For `lora_type` standard; "
+        "exported for diffusers only.",
+    )
+    lycoris_config: LycorisOptions | None = Field(
+        default_factory=lambda data: LycorisOptions() if data.get("lora_type") == "lycoris" else None,
+        description="The LyCORIS network of student and critic: an object, or the path of a JSON file that holds one. "
+        "Default: LoKr of rank 16 in attention and feed-forward of every block.",
+    )
+    init_lokr_norm: float | None = Field(
+        None, gt=0, le=1,
+        description="The student's LoKr starts as noise of this share of each weight's norm instead of at 0, so it "
+        "does not start as the teacher. Needs `full_matrix` in `lycoris_config`.",
+    )  # fmt: skip
+    init_lora: str | None = Field(
+        None,
+        description="The student starts from this adapter: a .safetensors file, an export folder, or the output folder "
+        "of a finished run.",
+    )
+    teacher_lora: str | None = Field(
+        None,
+        description="A LoRA or LyCORIS file (or folder, as in `init_lora`) that is merged into the base before "
+        "anything else, so that teacher, critic and student all start from this fine-tune; `path:0.8` sets its "
+        "strength.",
     )
     lora_format: Literal["diffusers", "comfyui", "both"] = Field(
         "both", description="Key names of the exported LoRA: for diffusers, for ComfyUI, or one file of each."
@@ -163,3 +205,29 @@ class FlowOptions(Options):
         description="Moves noise levels towards the noisy end: sigma = s u / (1 + (s - 1) u). "
         f"Default: {DISTILLATION_SHIFT:g} in distillation; unset in fine-tuning, which then draws logit-normal levels.",
     )  # fmt: skip
+    flow_schedule_auto_shift: bool = Field(
+        False,
+        description="Fine-tuning: the shift follows the size of the video, as FLUX has it: exp(mu), mu from 0.5 at 256 "
+        "tokens per frame to 1.15 at 4096. 832x480 gets 2.06, 1280x720 gets 2.90.",
+    )
+    flow_sigmoid_scale: float = Field(
+        1.0, gt=0, le=10,
+        description="Fine-tuning: spread of the logit-normal noise levels; more reaches further to both ends.",
+    )  # fmt: skip
+    flow_use_uniform_schedule: bool = Field(
+        False, description="Fine-tuning: draws noise levels uniformly instead of logit-normal."
+    )
+    flow_use_beta_schedule: bool = Field(
+        False, description="Fine-tuning: draws noise levels from a Beta distribution instead of logit-normal."
+    )
+    flow_beta_schedule_alpha: float = Field(
+        2.0, ge=0.1, le=100, description="First parameter of `flow_use_beta_schedule`; more moves to the noisy end."
+    )
+    flow_beta_schedule_beta: float = Field(
+        2.0, ge=0.1, le=100, description="Second parameter of `flow_use_beta_schedule`; more moves to the clean end."
+    )
+    flow_custom_timesteps: Annotated[tuple[float, ...] | None, BeforeValidator(_timesteps)] = Field(
+        None,
+        description="Fine-tuning: draws only these timesteps (0 to 1000; up to 1 they are sigmas), each as likely as "
+        "the others, and no shift acts on them.",
+    )

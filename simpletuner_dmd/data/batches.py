@@ -18,11 +18,13 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simpletuner_dmd.data.scan import DatasetScan, VideoSample
+from simpletuner_dmd.data.plan import DataPlan, taking_part
+from simpletuner_dmd.data.scan import DatasetScan
 from simpletuner_dmd.data.store import LatentStore
 from simpletuner_dmd.data.text_store import TextStore, text_key
 from simpletuner_dmd.flow import Batch, TextEmbedding
@@ -91,7 +93,7 @@ def _share(group: Group, kept: Sequence[Group], global_batch: int) -> int:
 class PreparedData:
     """The data of a run: cached, planned, ready. Build it with `prepare`.
 
-    groups: all buckets. text_rows: L of every text embedding. global_batch: what the notices and the plan assume.
+    groups: all buckets. text_rows: L of every text embedding. plan: what takes part, and the sizes assumed.
     findings: what the doctor said of the caches.
     """
 
@@ -103,8 +105,7 @@ class PreparedData:
     negative_prompt: str
     text_rows: int
     seed: int
-    keep_small_buckets: bool
-    global_batch: int
+    plan: DataPlan
     cache_bytes: int = CACHE_BYTES
     findings: Sequence[str] = ()
     _pending: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict, repr=False)
@@ -117,6 +118,11 @@ class PreparedData:
     @cached_property
     def _loader(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per step, as the notices and the report assume it."""
+        return self.plan.global_batch
 
     # --- what training asks for -------------------------------------------------------------------------------------
 
@@ -169,10 +175,7 @@ class PreparedData:
 
         Where pruning would leave nothing, nothing is pruned.
         """
-        weighted = [group for group in self.groups if group.probability > 0]
-        if self.keep_small_buckets:
-            return weighted
-        return [group for group in weighted if group.passes >= global_batch] or weighted
+        return taking_part(self.groups, global_batch, self.plan.keep_small)
 
     def _plan_epoch(self, epoch: int, global_batch: int) -> list[tuple[int, list[int]]]:
         """The epoch's global batches in order: (index of the group, indices of its samples)."""
@@ -259,36 +262,25 @@ class PreparedData:
         for scan in self.scans:
             found += [f"{scan.settings.id}: left out {item.path}: {item.reason}" for item in scan.rejected]
             found += [f"{scan.settings.id}: {notice}" for notice in scan.notices]
-        kept = self.kept(self.global_batch)
-        off = sorted({group.dataset for group in self.groups if group.probability == 0})
-        found += [f"{dataset}: probability 0 switches it off" for dataset in off]
-        for group in self.groups:
-            if group.probability == 0 or group.passes >= self.global_batch:
-                continue
-            enough = math.ceil(self.global_batch / len(group.samples)) - 1
-            size = (
-                f"{group.dataset}: bucket {group.bucket} has {group.passes} samples for a batch of {self.global_batch}"
-            )
-            advice = f"repeats: {enough} would fill it"
-            if group in kept:
-                found.append(f"{size}, so some appear several times in a batch; {advice}")
-            else:
-                found.append(f"{size} and is left out; {advice}, disable_bucket_pruning: true keeps it")
-        return found
+        return found + self.plan.notices()
+
+    def save_plan(self, folder: Path) -> Path:
+        """Writes what `report` says, and every file that is left out, to `folder`/data_plan.json."""
+        return self.plan.save(folder)
 
     def report(self) -> str:
         """The plan: per dataset what is usable, per bucket the count and what the crop removes."""
         lines = []
         kept = self.kept(self.global_batch)
+        cropped = {(bucket.dataset, bucket.bucket): bucket.cropped for bucket in self.plan.buckets}
         for scan in self.scans:
             lines.append(f"{scan.settings.id}: {len(scan.usable)} usable, {len(scan.rejected)} left out")
             for group in (group for group in self.groups if group.dataset == scan.settings.id):
-                cut = [s.crop.cropped for s in scan.usable if isinstance(s, VideoSample) and s.bucket == group.bucket]
                 shape = "x".join(map(str, group.latent_shape))
                 line = f"  {group.bucket}: {len(group.samples)} samples, latents {shape}"
                 if group.repeats:
                     line += f", {group.passes} per epoch"
-                if cut:
+                if cut := cropped[group.dataset, group.bucket]:
                     line += f", the crop removes {100 * sum(cut) / len(cut):.1f}% (at most {100 * max(cut):.1f}%)"
                 lines.append(line if group in kept else line + ", left out")
         steps = self.steps_per_epoch(self.global_batch)

@@ -38,6 +38,22 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
 )
 
 
+SUFFIXES = {
+    "a PNG picture": ".png",
+    "a JPEG picture": ".jpg",
+    "a WebP picture": ".webp",
+    "an mp4/mov video": ".mp4",
+    "a Matroska or WebM video": ".mkv",
+    "an AVI video": ".avi",
+    "a GIF video": ".gif",
+}
+
+
+def suffix_of(content: bytes) -> str:
+    """The ending that a file of this content should have; ".bin" where it is not known."""
+    return SUFFIXES.get(kind_of_bytes(content[:4096]), ".bin")
+
+
 def kind_of_file(path: Path) -> str:
     """A noun phrase such as "a PNG picture", "text" or "of an unknown kind"; "unreadable" when it cannot be opened."""
     try:
@@ -45,6 +61,11 @@ def kind_of_file(path: Path) -> str:
             head = file.read(4096)
     except OSError:
         return "unreadable"
+    return kind_of_bytes(head)
+
+
+def kind_of_bytes(head: bytes) -> str:
+    """As `kind_of_file`, of a file's first 4096 bytes."""
     if not head:
         return "empty (0 bytes)"
     for offset, magic, words in SIGNATURES:

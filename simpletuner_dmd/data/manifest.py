@@ -18,8 +18,9 @@ from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.buckets import CropPlan, LatentGeometry
 from simpletuner_dmd.data.disk import write_whole
 from simpletuner_dmd.data.encode import Clip
-from simpletuner_dmd.data.scan import DatasetScan, VideoSample, list_files
+from simpletuner_dmd.data.scan import DatasetScan, VideoSample
 from simpletuner_dmd.data.settings import DatasetSettings, resolve
+from simpletuner_dmd.data.sources.folder import list_files
 from simpletuner_dmd.data.store import CACHE_VERSION
 from simpletuner_dmd.data.video import VideoInfo
 
@@ -48,7 +49,7 @@ def manifest_path(settings: DatasetSettings) -> Path:
 
 def stands_in(entry: DatasetEntry, config: TrainConfig) -> Path | None:
     """The manifest to train from, because the dataset has no video files (any more)."""
-    if entry.dataset_type != "video" or not entry.instance_data_dir:
+    if entry.dataset_type != "video" or entry.type != "local" or not entry.instance_data_dir:
         return None
     settings = resolve(entry, config, LatentGeometry())
     if (settings.folder / MADE_HERE).is_file():
@@ -60,7 +61,7 @@ def stands_in(entry: DatasetEntry, config: TrainConfig) -> Path | None:
 
 
 def _files(settings: DatasetSettings) -> list[Path]:
-    return [path for path in list_files(settings.folder, [settings.vae_cache]) if path.suffix.lower() != ".txt"]
+    return [path for path in list_files(settings.folder, [settings.vae_cache])[0] if path.suffix.lower() != ".txt"]
 
 
 def restore(

@@ -15,7 +15,8 @@ from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.doctor import SAMPLES, Vae, examine_latents, examine_text, padding_is_zero
 from simpletuner_dmd.data.encode import Clip, EncodeText, EncodeVideo, cache_latents, cache_text, clip_of
 from simpletuner_dmd.data.manifest import MADE_HERE, manifest_path, restore, stands_in, write_manifest
-from simpletuner_dmd.data.scan import WAN, DatasetScan, PromptSample, Rejected, VideoSample, quarantine_file, scan_all
+from simpletuner_dmd.data.plan import DataPlan
+from simpletuner_dmd.data.scan import DatasetScan, PromptSample, Rejected, VideoSample, look, quarantine_file, scan_all
 from simpletuner_dmd.data.settings import text_cache
 from simpletuner_dmd.data.store import LatentStore
 from simpletuner_dmd.data.text_store import TextStore, text_key
@@ -154,8 +155,7 @@ def prepare(
         negative_prompt=negative_prompt,
         text_rows=config.tokenizer_max_length,
         seed=config.seed,
-        keep_small_buckets=config.disable_bucket_pruning,
-        global_batch=config.train_batch_size * config.gradient_accumulation_steps * config.num_processes,
+        plan=DataPlan.of(caches.scans, config),
         findings=caches.findings,
     )
     length = len(caches.text_store.load(text_key(negative_prompt, text_fingerprint)))
@@ -163,11 +163,12 @@ def prepare(
     return data
 
 
-def scan_datasets(
-    datasets: Sequence[DatasetEntry], config: TrainConfig, *, geometry: LatentGeometry = WAN, quarantine: bool = False
-) -> list[DatasetScan]:
-    """As `scan_all`; a dataset whose video files are gone is read from its cache. Raises UserError."""
-    return _scan(datasets, config, geometry, None, quarantine)[0]
+def look_at_dataset(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeometry) -> DatasetScan:
+    """As `look`; a dataset whose video files are gone is read from its cache. Raises UserError."""
+    manifest = stands_in(entry, config)
+    if manifest is not None:
+        return restore(manifest, entry, config, geometry)[0]
+    return look(entry, config, geometry=geometry)
 
 
 def _scan(

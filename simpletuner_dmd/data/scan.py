@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,18 @@ from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.buckets import CropPlan, LatentGeometry, crop_plan, frames_at, size_in
+from simpletuner_dmd.data.captions import captions_of, prepended
+from simpletuner_dmd.data.findings import FIXES, FRAME_COUNT, TOO_SHORT, TOO_SMALL, UnusableFile
+from simpletuner_dmd.data.findings import Rejected as Rejected  # where it is looked for
+from simpletuner_dmd.data.pictures import probe_picture
 from simpletuner_dmd.data.settings import DatasetSettings, resolve
-from simpletuner_dmd.data.video import UnusableFile, VideoInfo, check_reaches, probe
+from simpletuner_dmd.data.sources.folder import REJECTED_FOLDER
+from simpletuner_dmd.data.sources.items import Item
+from simpletuner_dmd.data.sources.listing import list_samples
+from simpletuner_dmd.data.sources.prompts import list_prompts
+from simpletuner_dmd.data.sources.table import CaptionTable
+from simpletuner_dmd.data.video import VideoInfo, check_reaches, probe
 
-REJECTED_FOLDER = "rejected"
 WAN = LatentGeometry()
 UNITS = {"pixel": "pixels on the shorter edge", "pixel_area": "pixels (square root of the area)", "area": "megapixels"}
 
@@ -55,15 +62,6 @@ class PromptSample:
         return f"{self.width}x{self.height}x{self.frames}"
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """A file that is left out. damaged: its content cannot be decoded."""
-
-    path: Path
-    reason: str
-    damaged: bool = False
-
-
 @dataclass
 class DatasetScan:
     """What a dataset holds. buckets: "WIDTHxHEIGHTxFRAMES" -> samples; notices: what a person should know."""
@@ -77,6 +75,12 @@ class DatasetScan:
     @property
     def buckets(self) -> dict[str, int]:
         return dict(sorted(Counter(sample.bucket for sample in self.usable).items()))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """ "usable" and every kind of finding that occurs -> how many, in the order of FIXES."""
+        kinds = Counter(item.kind for item in self.rejected)
+        return {"usable": len(self.usable), **{kind: kinds[kind] for kind in FIXES if kinds[kind]}}
 
     def lines(self) -> list[str]:
         """The scan in words, one finding per line."""
@@ -114,33 +118,53 @@ def scan_all(
 def scan(
     entry: DatasetEntry, config: TrainConfig, *, geometry: LatentGeometry = WAN, quarantine: bool = False
 ) -> DatasetScan:
-    """Lists a dataset (see DatasetScan); changes nothing on disk unless `quarantine`.
+    """As `look`, for training: raises UserError also when there is no usable sample.
 
     quarantine: move files that cannot be decoded into a `rejected` folder beside them, each with its reason; nothing
-    is deleted. Raises UserError when the folder is missing, empty, or has no usable sample.
+    is deleted.
+    """
+    result = look(entry, config, geometry=geometry)
+    if quarantine:
+        for item in result.rejected:
+            if item.damaged and item.path.is_file():
+                quarantine_file(item.path, item.reason)
+    if not result.usable:
+        kind = result.settings.kind
+        wanted = f"{kind}s, each with a caption file of the same name ending in .txt"
+        if kind == "prompts":
+            wanted = "prompts, one per line of a .txt file or as caption in a .jsonl or .csv file"
+        found = "is empty" if not result.rejected else "has no usable sample"
+        names = "".join(f"\n  {item.path}: {item.reason}" for item in result.rejected)
+        raise UserError(
+            f"{result.settings.folder} {found}{names}",
+            file=str(config.data_backend_config or "multidatabackend.json"),
+            key=f"{result.settings.id}.instance_data_dir",
+            fix=f"put {wanted}, there",
+        )
+    return result
+
+
+def look(entry: DatasetEntry, config: TrainConfig, *, geometry: LatentGeometry = WAN) -> DatasetScan:
+    """Lists a dataset (see DatasetScan). Changes nothing on disk, but for the copies of files from elsewhere.
+
+    Raises UserError when the dataset cannot be reached, or its table cannot be read.
     """
     settings = resolve(entry, config, geometry)
     source = str(config.data_backend_config or "multidatabackend.json")
     key = f"{settings.id}.instance_data_dir"
-    if not entry.instance_data_dir:
-        raise UserError("no folder is given", file=source, key=key, fix="set it to the folder that holds the files")
-    if not settings.folder.exists():
-        raise UserError(f"{settings.folder} does not exist", file=source, key=key,
-                        fix=f"create it or correct the path (looked at {settings.folder.absolute()})")  # fmt: skip
-    if settings.kind == "prompts":
-        result = _scan_prompts(entry, settings)
-        wanted = "prompts, one per line of a .txt file or as caption in a .jsonl file"
-    else:
-        result = _scan_videos(entry, settings, config, geometry)
-        wanted = "videos, each with a caption file of the same name ending in .txt"
-    if quarantine:
-        for item in result.rejected:
-            if item.damaged:
-                quarantine_file(item.path, item.reason)
-    if not result.usable:
-        found = "is empty" if not result.rejected else "has no usable sample"
-        names = "".join(f"\n  {item.path}: {item.reason}" for item in result.rejected)
-        raise UserError(f"{settings.folder} {found}{names}", file=source, key=key, fix=f"put {wanted}, there")
+    if entry.type == "local":
+        if not entry.instance_data_dir:
+            raise UserError("no folder is given", file=source, key=key, fix="set it to the folder that holds the files")
+        if not settings.folder.exists():
+            raise UserError(f"{settings.folder} does not exist", file=source, key=key,
+                            fix=f"create it or correct the path (looked at {settings.folder.absolute()})")  # fmt: skip
+    try:
+        if settings.kind == "prompts":
+            result = _scan_prompts(entry, settings)
+        else:
+            result = _scan_clips(entry, settings, config, geometry)
+    except UserError as error:
+        raise UserError([Problem(p.file or source, p.key, p.message, p.fix) for p in error.problems]) from error
     if settings.asked_frames != settings.num_frames:
         result.notices.append(
             f"num_frames {settings.asked_frames} is rounded down to {settings.num_frames} "
@@ -161,64 +185,43 @@ def quarantine_file(path: Path, reason: str) -> Path:
     return target
 
 
-def list_files(folder: Path, skip: Sequence[Path] = ()) -> list[Path]:
-    """Every file under `folder`, sorted, hidden ones and `rejected` folders left out; a file itself stands for itself.
-
-    Links are followed; a folder that was seen already (a loop) is not entered again.
-    """
-    if folder.is_file():
-        return [folder]
-    skipped = {path.resolve() for path in skip}
-    seen: set[Path] = set()
-
-    def walk(place: Path) -> Iterator[Path]:
-        real = place.resolve()
-        if real in seen or real in skipped:
-            return
-        seen.add(real)
-        with os.scandir(place) as entries:
-            children = sorted(entries, key=lambda child: child.name)
-        for child in children:
-            if child.name.startswith("."):
-                continue
-            path = place / child.name
-            if child.is_dir():
-                if child.name != REJECTED_FOLDER:
-                    yield from walk(path)
-            else:
-                yield path
-
-    return list(walk(folder))
+# --- videos and pictures ----------------------------------------------------------------------------------------------
 
 
-# --- videos -----------------------------------------------------------------------------------------------------------
-
-
-def _scan_videos(
+def _scan_clips(
     entry: DatasetEntry, settings: DatasetSettings, config: TrainConfig, geometry: LatentGeometry
 ) -> DatasetScan:
     caches = [settings.vae_cache, Path(config.cache_dir_text), Path(config.cache_dir_vae), Path(config.output_dir)]
     skip = [cache for cache in caches if cache.resolve() != settings.folder.resolve()]
-    paths = [path for path in list_files(settings.folder, skip) if path.suffix.lower() != ".txt"]
+    listing, table = list_samples(entry, settings, skip)
 
-    def look(path: Path) -> VideoSample | Rejected:
+    def judge(item: Item) -> VideoSample | Rejected:
         try:
-            return _look_at(path, settings, geometry)
+            return _look_at(item, settings, geometry, table)
         except UnusableFile as error:
-            return Rejected(path, error.reason, error.damaged)
+            return Rejected.of(error)
 
     # libav releases the interpreter lock, so a few threads hide the disk.
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        findings = list(pool.map(look, paths))
+        findings = list(pool.map(judge, listing.items))
     usable = [finding for finding in findings if isinstance(finding, VideoSample)]
     rejected = [finding for finding in findings if isinstance(finding, Rejected)]
-    return DatasetScan(entry, settings, usable, rejected, _video_notices(usable))
+    notices = [*listing.notices, *_clip_notices(usable)]
+    return DatasetScan(entry, settings, usable, [*listing.rejected, *rejected], notices)
 
 
-def _look_at(path: Path, settings: DatasetSettings, geometry: LatentGeometry) -> VideoSample:
-    """The sample that `path` is. Raises UnusableFile."""
-    info = probe(path)
-    frames = geometry.round_frames(_usable_frames(path, info, settings))
+def _look_at(
+    item: Item, settings: DatasetSettings, geometry: LatentGeometry, table: CaptionTable | None
+) -> VideoSample:
+    """The sample that a file is. Raises UnusableFile."""
+    path = item.path
+    if settings.kind == "image":
+        width, height = probe_picture(path)
+        info = VideoInfo(width, height, frames=1, fps=settings.framerate, seconds=1 / settings.framerate, rotation=0)
+        frames = 1
+    else:
+        info = probe(path)
+        frames = geometry.round_frames(_usable_frames(path, info, settings))
     rules = settings.sizes
     size = size_in(info.width, info.height, rules.resolution_type)
     if size < settings.minimum_image_size:
@@ -227,13 +230,12 @@ def _look_at(path: Path, settings: DatasetSettings, geometry: LatentGeometry) ->
             f"too small: {info.width}x{info.height} is {size:.4g} {UNITS[rules.resolution_type]}, "
             f"minimum_image_size is {settings.minimum_image_size:g}",
             damaged=False,
+            kind=TOO_SMALL,
         )
-    captions = _captions(path, settings)
-    last_needed = (frames - 1) * settings.frame_interval / settings.framerate
-    check_reaches(path, last_needed)
-    # The relative name seeds a random crop, so moving the folder does not change it.
-    name = path.relative_to(settings.folder).as_posix() if path != settings.folder else path.name
-    crop = crop_plan(info.width, info.height, rules, name)
+    captions = captions_of(item, settings, table)
+    if settings.kind != "image":
+        check_reaches(path, (frames - 1) * settings.frame_interval / settings.framerate)
+    crop = crop_plan(info.width, info.height, rules, item.name)
     return VideoSample(settings.id, path, captions, info, crop, frames)
 
 
@@ -246,45 +248,15 @@ def _usable_frames(path: Path, info: VideoInfo, settings: DatasetSettings) -> in
         f"at {settings.framerate:g} per second{every}"
     )
     if available < settings.min_frames:
-        raise UnusableFile(path, f"too short: {length}, {settings.min_frames} are needed (video.min_frames)", False)
+        raise UnusableFile(
+            path, f"too short: {length}, {settings.min_frames} are needed (video.min_frames)", False, TOO_SHORT
+        )
     if settings.max_frames is not None and available > settings.max_frames:
-        raise UnusableFile(path, f"too long: {length}, video.max_frames is {settings.max_frames}", False)
+        raise UnusableFile(path, f"too long: {length}, video.max_frames is {settings.max_frames}", False, FRAME_COUNT)
     return min(available, settings.num_frames)
 
 
-def _captions(path: Path, settings: DatasetSettings) -> tuple[str, ...]:
-    if settings.caption_strategy == "instanceprompt":
-        if not settings.instance_prompt:
-            raise UnusableFile(
-                path, "no caption: caption_strategy is instanceprompt and instance_prompt is empty", False
-            )
-        return (settings.instance_prompt,)
-    if settings.caption_strategy == "filename":
-        captions = [path.stem.replace("_", " ").strip()]
-    else:
-        captions = _captions_beside(path)
-    if settings.prepend_instance_prompt and settings.instance_prompt:
-        captions = [f"{settings.instance_prompt} {caption}" for caption in captions]
-    return tuple(captions)
-
-
-def _captions_beside(path: Path) -> list[str]:
-    beside = path.with_suffix(".txt")
-    try:
-        text = beside.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UnusableFile(path, f"no caption: {beside.name} is missing", False) from None
-    except UnicodeDecodeError:
-        raise UnusableFile(path, f"no caption: {beside.name} is not UTF-8 text", False) from None
-    except OSError as error:
-        raise UnusableFile(path, f"no caption: {beside.name} cannot be read ({error.strerror})", False) from None
-    captions = [line.strip() for line in text.split("\n") if line.strip()]
-    if not captions:
-        raise UnusableFile(path, f"no caption: {beside.name} is empty", False)
-    return captions
-
-
-def _video_notices(usable: Sequence[VideoSample]) -> list[str]:
+def _clip_notices(usable: Sequence[VideoSample]) -> list[str]:
     notices = []
     several = sum(len(sample.captions) > 1 for sample in usable)
     if several:
@@ -293,8 +265,8 @@ def _video_notices(usable: Sequence[VideoSample]) -> list[str]:
     if enlarged:
         example = f"{enlarged[0].path.name} ({enlarged[0].info.width}x{enlarged[0].info.height})"
         notices.append(
-            f"{len(enlarged)} videos are smaller than their bucket and are enlarged, for example {example}; "
-            "minimum_image_size leaves such videos out"
+            f"{len(enlarged)} files are smaller than their bucket and are enlarged, for example {example}; "
+            "minimum_image_size leaves such files out"
         )
     slow = [sample for sample in usable if sample.info.fps < 12]
     if slow:
@@ -312,66 +284,17 @@ def _scan_prompts(entry: DatasetEntry, settings: DatasetSettings) -> DatasetScan
     rules = settings.sizes
     assert isinstance(rules.resolution, tuple), "the settings of prompts name width and height"
     crop = crop_plan(*rules.resolution, rules, settings.id)
-    usable: list[PromptSample] = []
-    rejected: list[Rejected] = []
-    for path in list_files(settings.folder):
-        try:
-            prompts, bad_lines = _read_prompts(path)
-        except UnusableFile as error:
-            rejected.append(Rejected(path, error.reason))
-            continue
-        rejected += bad_lines
-        if settings.prepend_instance_prompt and settings.instance_prompt:
-            prompts = [f"{settings.instance_prompt} {prompt}" for prompt in prompts]
-        usable += [
-            PromptSample(settings.id, path, (prompt,), crop.width, crop.height, settings.num_frames)
-            for prompt in prompts
-        ]
-    result = DatasetScan(entry, settings, usable, rejected)
+    listing = list_prompts(entry, settings)
+    usable = [
+        PromptSample(
+            settings.id, path, tuple(prepended(list(captions), settings)), crop.width, crop.height, settings.num_frames
+        )
+        for path, captions in listing.prompts
+    ]
+    result = DatasetScan(entry, settings, usable, listing.rejected)
     if rules.resolution != (crop.width, crop.height):
         result.notices.append(
             f"resolution {rules.resolution[0]}x{rules.resolution[1]} becomes {crop.width}x{crop.height}, "
             f"multiples of {rules.multiple}"
         )
     return result
-
-
-def _read_prompts(path: Path) -> tuple[list[str], list[Rejected]]:
-    """The prompts of a .txt (one per line) or .jsonl ({"caption" or "prompt": text}) file, and lines left out.
-
-    Raises UnusableFile when nothing in it can be used.
-    """
-    if path.suffix.lower() not in (".txt", ".jsonl"):
-        raise UnusableFile(path, "not a prompt file: .txt and .jsonl are read", damaged=False)
-    try:
-        # Not splitlines(): it also cuts at the line separators that JSON allows inside a string.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (UnicodeDecodeError, OSError) as error:
-        raise UnusableFile(path, f"cannot be read as UTF-8 text ({error})", damaged=False) from error
-    prompts: list[str] = []
-    rejected: list[Rejected] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if path.suffix.lower() == ".txt":
-            prompts.append(line.strip())
-            continue
-        try:
-            prompts.append(_prompt_of(line))
-        except ValueError as error:
-            rejected.append(Rejected(path, f"line {number} {error}"))
-    if not prompts and not rejected:
-        raise UnusableFile(path, "it holds no prompt", damaged=False)
-    return prompts, rejected
-
-
-def _prompt_of(line: str) -> str:
-    """The text of one .jsonl line; raises ValueError with what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"is not JSON: {error.msg} at column {error.colno}") from error
-    text = row.get("caption", row.get("prompt")) if isinstance(row, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError('has no "caption" or "prompt" text')
-    return text.strip()

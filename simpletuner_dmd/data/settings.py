@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpletuner_dmd.config.databackend import DatasetEntry
+from simpletuner_dmd.config.databackend import BUILTIN, DatasetEntry
+from simpletuner_dmd.config.datasets import DOWNLOADS
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.buckets import LatentGeometry, SizeRules, parse_resolution
@@ -15,6 +16,7 @@ from simpletuner_dmd.data.buckets import LatentGeometry, SizeRules, parse_resolu
 # Wan's native size, for prompts that name none.
 DEFAULT_PROMPT_SIZE = (832, 480)
 DEFAULT_RESOLUTION = 480.0
+BUILTIN_PROMPTS = Path(__file__).parent / "prompts" / "builtin.txt"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class DatasetSettings:
 
     num_frames: of the form 4n + 1, at `framerate` and `frame_interval`. min_frames, max_frames: clips outside are
     listed and left out. repeats: extra passes per epoch. probability: weight against the other datasets.
+    downloads: where copies of remote files are. max_num_samples: None for all.
     """
 
     id: str
@@ -42,6 +45,9 @@ class DatasetSettings:
     repeats: int
     probability: float
     vae_cache: Path
+    downloads: Path
+    disable_multiline_split: bool
+    max_num_samples: int | None
 
 
 def first_set(name: str, *places: Any) -> Any:
@@ -55,14 +61,15 @@ def resolve(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeometry) 
         raise UserError(f"the id {entry.id!r} cannot be used: it names a folder of the cache", key="id",
                         fix="use letters, digits, - and _")  # fmt: skip
     video = entry.video
-    num_frames = geometry.round_frames(video.num_frames)
+    asked = 1 if entry.dataset_type == "image" else video.num_frames
+    num_frames = geometry.round_frames(asked)
     return DatasetSettings(
         id=entry.id,
-        folder=Path(entry.instance_data_dir or ""),
+        folder=_folder(entry),
         kind=entry.dataset_type,
         sizes=_size_rules(entry, config, geometry),
         num_frames=num_frames,
-        asked_frames=video.num_frames,
+        asked_frames=asked,
         min_frames=num_frames if video.min_frames is None else video.min_frames,
         max_frames=video.max_frames,
         frame_interval=video.frame_interval,
@@ -74,7 +81,21 @@ def resolve(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeometry) 
         repeats=entry.repeats,
         probability=entry.probability,
         vae_cache=Path(entry.cache_dir_vae or Path(config.cache_dir_vae) / entry.id),
+        downloads=Path(entry.download_dir or Path(DOWNLOADS) / entry.id),
+        disable_multiline_split=entry.disable_multiline_split,
+        max_num_samples=entry.max_num_samples,
     )
+
+
+def _folder(entry: DatasetEntry) -> Path:
+    """Where the samples are, or what the dataset is called where they are elsewhere."""
+    if entry.type == "huggingface":
+        return Path(entry.dataset_name or "")
+    if entry.type == "aws":
+        return Path(entry.aws_bucket_name or "") / (entry.instance_data_dir or "").strip("/")
+    if entry.type == "csv" and not entry.instance_data_dir:
+        return Path(entry.table.path or "").parent
+    return BUILTIN_PROMPTS if entry.instance_data_dir == BUILTIN else Path(entry.instance_data_dir or "")
 
 
 def _size_rules(entry: DatasetEntry, config: TrainConfig, geometry: LatentGeometry) -> SizeRules:

@@ -21,22 +21,15 @@ import numpy as np
 from PIL import Image
 
 from simpletuner_dmd.data.buckets import CropPlan
+from simpletuner_dmd.data.findings import CANNOT_DECODE, WRONG_KIND
+from simpletuner_dmd.data.findings import UnusableFile as UnusableFile  # where it is looked for
+from simpletuner_dmd.data.hdr import HLG, PQ, to_sdr
 from simpletuner_dmd.data.kinds import kind_of_file
+from simpletuner_dmd.data.pictures import is_picture, read_picture
 
 # Containers that hold a picture or text although libav "opens" them as video.
 NOT_VIDEO = re.compile(r"(^|,)(image2|tty|[a-z0-9]+_pipe)($|,)")
 BT709, UNSPECIFIED = 1, 2
-
-
-class UnusableFile(Exception):  # noqa: N818 - it describes a file, the program goes on
-    """This file cannot be used; the rest of the folder can.
-
-    reason: what is wrong, in words. damaged: the content cannot be decoded (rather than, say, not be read).
-    """
-
-    def __init__(self, path: Path, reason: str, damaged: bool = True) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path, self.reason, self.damaged = path, reason, damaged
 
 
 @dataclass(frozen=True)
@@ -63,16 +56,22 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         with av.open(str(path), metadata_errors="replace") as container:
             streams = [s for s in container.streams.video if not _is_cover_picture(s)]
             if NOT_VIDEO.search(container.format.name):
-                raise UnusableFile(path, f"not a video: it is {kind_of_file(path)}")
+                kind = kind_of_file(path)
+                # A picture may belong to a dataset of pictures in the same folder: nothing is wrong with the file.
+                raise UnusableFile(path, f"not a video: it is {kind}", not kind.endswith("picture"), WRONG_KIND)
             if not streams:
-                raise UnusableFile(path, "it holds no video, only " + _other_content(container))
+                raise UnusableFile(path, f"it holds no video, only {_other_content(container)}", kind=WRONG_KIND)
             yield container, streams[0]
     except MemoryError:
         raise  # says nothing about the file (PyAV's own MemoryError is one of these too)
     except (PermissionError, FileNotFoundError) as error:
         raise UnusableFile(path, f"cannot be read: {error.strerror or error}", damaged=False) from error
     except (av.error.FFmpegError, OSError) as error:
-        raise UnusableFile(path, _why_undecodable(path, error), damaged=_is_damage(error)) from error
+        if kind_of_file(path) == "unreadable":
+            raise UnusableFile(path, f"cannot be read: {error.strerror or error}", damaged=False) from error
+        reason = _why_undecodable(path, error)
+        kind = WRONG_KIND if reason.startswith("not a video") else CANNOT_DECODE
+        raise UnusableFile(path, reason, damaged=_is_damage(error), kind=kind) from error
 
 
 def _is_damage(error: BaseException) -> bool:
@@ -219,8 +218,10 @@ def read_clip(
 
     Decodes from the key picture before the start to the last picture that is needed. Rotation is applied; `crop`
     resizes (bicubic, anti-aliased) and cuts, without it the size is the file's own. Raises UnusableFile, also when
-    the pictures end before the last moment that is asked for.
+    the pictures end before the last moment that is asked for. A picture file is a video of one frame.
     """
+    if num_frames == 1 and is_picture(path):
+        return read_picture(path, crop)
     moments = [start_seconds + k * frame_interval / framerate for k in range(num_frames)]
     chosen: list[np.ndarray] = []
     with _opened(path) as (container, stream):
@@ -274,10 +275,8 @@ def _nearest(path: Path, container: Any, stream: Any, moments: list[float]) -> I
 
 
 def _picture(frame: Any, stream: Any, crop: CropPlan | None) -> np.ndarray:
-    """One decoded frame as [H, W, 3] uint8: to RGB (alpha dropped, any bit depth), rotated, resized, cropped."""
-    # The convention of players for files that do not say: HD is BT.709, smaller is BT.601 (what libswscale assumes).
-    assumed = BT709 if int(frame.colorspace) == UNSPECIFIED and frame.height >= 720 else None
-    array = frame.reformat(format="rgb24", src_colorspace=assumed).to_ndarray()
+    """One decoded frame as [H, W, 3] uint8: to standard RGB on black (any bit depth), rotated, resized, cropped."""
+    array = _rgb(frame)
     turns = round(frame.rotation / 90) % 4
     pixel_aspect = stream.sample_aspect_ratio
     square_pixels = not pixel_aspect or pixel_aspect == 1
@@ -291,6 +290,20 @@ def _picture(frame: Any, stream: Any, crop: CropPlan | None) -> np.ndarray:
         size = (crop.resize_width, crop.resize_height)
         array = np.asarray(Image.fromarray(array).resize(size, Image.Resampling.BICUBIC))
     return np.ascontiguousarray(array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
+
+
+def _rgb(frame: Any) -> np.ndarray:
+    """[H, W, 3] uint8 in BT.709, as a player shows it: wide range tone-mapped, transparent parts black."""
+    # The convention of players for files that do not say: HD is BT.709, smaller is BT.601 (what libswscale assumes).
+    assumed = BT709 if int(frame.colorspace) == UNSPECIFIED and frame.height >= 720 else None
+    if int(frame.color_trc) in (PQ, HLG):
+        deep = frame.reformat(format="rgb48le", src_colorspace=assumed).to_ndarray()
+        return to_sdr(deep, int(frame.color_trc))
+    if any(component.is_alpha for component in frame.format.components):
+        clear = frame.reformat(format="rgba", src_colorspace=assumed).to_ndarray()
+        opacity = clear[..., 3:].astype(np.uint16)
+        return ((clear[..., :3] * opacity + 127) // 255).astype(np.uint8)
+    return np.asarray(frame.reformat(format="rgb24", src_colorspace=assumed).to_ndarray())
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

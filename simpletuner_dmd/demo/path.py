@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-VIDEOS_PER_COMBINATION = 2
+VIDEOS_PER_COMBINATION = 16
 DATA_SEED = 7
 HERE = Path(__file__).parent
 

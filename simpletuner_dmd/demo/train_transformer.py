@@ -13,12 +13,13 @@ from simpletuner_dmd.demo import shapes
 from simpletuner_dmd.demo.muon import FlatMuon
 from simpletuner_dmd.demo.skeleton import SHIFT, TEXT_ROWS, build_transformer
 from simpletuner_dmd.demo.train_vae import clips_to_pixels
+from simpletuner_dmd.distill.noise_levels import NoiseLevels
 from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
 from simpletuner_dmd.flow import Batch, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream, generator
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import ModelSource
-from simpletuner_dmd.wan.roles import WanDenoiser
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def train_transformer(
     transformer = build_transformer(seed).train()
     method = Supervised(
         WanDenoiser(transformer, None, None),
-        SupervisedSettings(shift=SHIFT, caption_dropout_probability=0.1),
+        SupervisedSettings(NoiseLevels(shift=SHIFT), caption_dropout_probability=0.1),
         torch.device("cpu"),
     )
     optimizer = FlatMuon(

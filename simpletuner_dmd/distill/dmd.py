@@ -3,22 +3,34 @@
 Each step trains the critic (the fake score) on the student's samples; every `generator_update_interval`-th step also
 moves the student along the difference of the two scores. The critic's turn reuses the rollout of the student's turn of
 the same step, detached. Teacher and critic are only ever evaluated without a graph in the student's turn.
+
+What may be added is a term beside these, not another method: a discriminator (`discriminator.py`), a real score that
+leans towards the critic (`weak_to_strong.py`), a pull towards the videos.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from simpletuner_dmd.distill.losses import matching_direction, matching_loss, velocity_loss
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
-from simpletuner_dmd.distill.rollout import Rollout, RolloutSettings, roll_out
+from simpletuner_dmd.distill.discriminator import Adversary, AdversarySettings, VideoHead
+from simpletuner_dmd.distill.losses import (
+    MatchingDirection,
+    direction_parts,
+    matching_direction,
+    matching_loss,
+    velocity_loss,
+)
+from simpletuner_dmd.distill.method import Features, Ingredients, Method, NamedLoss, Turn, linearised
+from simpletuner_dmd.distill.ode_init import Initialised, OdeInit, OdeInitSettings
+from simpletuner_dmd.distill.rollout import RollOut, Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import Batch, Denoiser, SigmaWindow, add_noise, guided_velocity
+from simpletuner_dmd.distill.weak_to_strong import Score, Weakened, WeakToStrong, leaning, score
+from simpletuner_dmd.flow import Batch, Denoiser, Routing, SigmaWindow, add_noise, velocity_from_x0
 from simpletuner_dmd.randomness import RandomStream
 
 CRITIC_LOW, CRITIC_HIGH = 0.001, 0.999  # the critic sees every noise level, whatever the student's exit
@@ -41,21 +53,57 @@ class DMDSettings:
     ts_schedule_max: bool = False
     critic_noise_repeats: int = 1
     caption_dropout_probability: float = 0.0
+    ground_truth_weight: float = 0.0
+    weak_to_strong: WeakToStrong = WeakToStrong()
+    adversary: AdversarySettings | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Teacher and critic at one noised version of the student's samples.
+
+    towards_truth: the direction to the batch's videos, where the settings ask for it.
+    """
+
+    matching: MatchingDirection
+    towards_truth: Tensor | None
+    metrics: dict[str, float]
 
 
 class DMD:
-    """The Method. Roles: "student" and "critic"; the teacher never moves."""
+    """The Method. Roles: "student" and "critic"; the teacher never moves.
+
+    roll_out: how the student makes its samples; None walks the ladder over the whole clip at once.
+    head, blocks: the discriminator's, on the features of the critic after these blocks; it moves with the critic.
+    weak: the critic at a fraction of its strength, for the settings' `exact-both`.
+    """
 
     def __init__(
-        self, teacher: Denoiser, student: Denoiser, critic: Denoiser, settings: DMDSettings, device: torch.device
-    ) -> None:
-        self.teacher, self.student, self.critic = teacher, student, critic
-        self.settings, self.device = settings, device
-        self.needs_latents = settings.rollout.source == "data_latent"
+        self, teacher: Denoiser, student: Denoiser, critic: Denoiser, settings: DMDSettings, device: torch.device,
+        *, roll_out: RollOut | None = None, weak: Weakened | None = None, head: nn.Module | None = None,
+        blocks: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        self.teacher, self.student, self.critic, self.weak = teacher, student, critic, weak
+        self.settings, self.device, self.own_roll_out = settings, device, roll_out
+        self.needs_latents = bool(
+            settings.rollout.source == "data_latent" or settings.adversary or settings.ground_truth_weight
+        )
+        assert weak is not None or not self.exact_weak, "exact-both needs the critic at a fraction"
         self._shared: dict[tuple[int, ...], Tensor] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
-        self._score_windows = [self.score_window(rung) for rung in range(len(settings.rollout.schedule.ladder))]
+        for rung in range(len(settings.rollout.schedule.ladder)):
+            self.score_window(rung)
         self._critic_window = SigmaWindow(CRITIC_LOW, CRITIC_HIGH, settings.timestep_shift)
+        self.adversary: Adversary | None = None
+        if settings.adversary is not None:
+            assert head is not None and blocks, "the adversarial term needs a head, and blocks to read"
+            host = cast(Features, critic)
+            self.adversary = Adversary(host, head, blocks, settings.adversary, self._critic_window, device)
+
+    @property
+    def exact_weak(self) -> bool:
+        weak = self.settings.weak_to_strong
+        return weak.weak_lora_scale > 0 and weak.weak_mode == "exact-both"
 
     # --- the plan of a step ---------------------------------------------------------------------------------------
 
@@ -79,39 +127,77 @@ class DMD:
 
     # --- losses -----------------------------------------------------------------------------------------------------
 
-    def score_window(self, exit_rung: int) -> SigmaWindow:
-        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule)."""
+    def score_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
+        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule).
+
+        Blocks that left at several rungs, from first_exit to exit_rung, share the smallest window that holds theirs.
+        """
         s, schedule = self.settings, self.settings.rollout.schedule
         floor = schedule.next_sigma(exit_rung) if s.ts_schedule else s.min_score_timestep / 1000
-        ceiling = schedule.ladder[exit_rung] if s.ts_schedule_max else 1.0
+        ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
         return SigmaWindow(max(s.min_timestep_ratio, floor), min(s.max_timestep_ratio, ceiling), s.timestep_shift)
 
     def student_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
+        """One loss, whatever it is made of: all terms meet at x0, and one backward goes through the student."""
         settings = self.settings
         rollout = self._roll_out(batch, stream, with_grad=True)
         x0 = rollout.x0
         self._shared[batch.positions] = x0.detach()
-        with torch.no_grad():
-            window = self._score_windows[rollout.exit_rung]
-            sigma_B = window.sigma(stream.uniform("score/sigma")).to(self.device)
-            noise = stream.normal(batch.latent_shape, "score/noise").to(self.device)
-            x_t = add_noise(x0.detach(), noise, sigma_B)
-            teacher = guided_velocity(
-                self.teacher, x_t, sigma_B, batch.text, batch.negative_text, settings.real_score_guidance_scale
-            )
-            critic = guided_velocity(
-                self.critic, x_t, sigma_B, batch.text, batch.negative_text, settings.fake_score_guidance_scale
-            )
-            matching = matching_direction(x0, x_t, sigma_B, teacher, critic)
-            metrics = {
-                "dmd_normaliser": float(matching.normaliser_B.mean()),
-                "dmd_direction_rms": float(matching.direction.pow(2).mean().sqrt()),
-                "score_gap_rms": float((teacher - critic).pow(2).mean().sqrt()),
-                "student_latent_mean": float(x0.mean()),
-                "student_latent_std": float(x0.std()),
-                "exit_rung": float(rollout.exit_rung),
-            }
-        yield NamedLoss("dmd_loss", matching_loss(x0, matching.direction), metrics)
+        compared = self._compare(rollout, batch, stream)
+        loss = matching_loss(x0, compared.matching.direction)
+        shown, metrics = float(loss.detach()), compared.metrics
+        if compared.towards_truth is not None:
+            truth = matching_loss(x0, compared.towards_truth)
+            loss = loss + settings.ground_truth_weight * truth
+            metrics["ground_truth_loss"] = float(truth.detach())
+        if self.adversary is not None and self.adversary.acts(stream.step):
+            push = self.adversary.push(x0, compared.matching.direction / x0.numel(), batch, stream)
+            loss = loss + linearised(push.loss, x0, push.gradient)
+            metrics |= push.metrics
+        yield NamedLoss("dmd_loss", loss, metrics, reported=shown)
+
+    @torch.no_grad()
+    def _compare(self, rollout: Rollout, batch: Batch, stream: RandomStream) -> Comparison:
+        settings, x0 = self.settings, rollout.x0.detach()
+        window = self.score_window(rollout.exit_rung, rollout.first_exit)
+        sigma_B = window.sigma(stream.uniform("score/sigma")).to(self.device)
+        noise = stream.normal(batch.latent_shape, "score/noise").to(self.device)
+        x_t = add_noise(x0, noise, sigma_B)
+        texts = (batch.text, batch.negative_text)
+        critic = score(self.critic, x_t, sigma_B, *texts, settings.fake_score_guidance_scale)
+        real = self._real_score(x_t, sigma_B, batch, critic, stream.step)
+        matching = matching_direction(x0, x_t, sigma_B, real.velocity, critic.velocity)
+        parts = direction_parts(sigma_B, real.conditional, real.velocity, critic.velocity, matching.normaliser_B)
+        matched, guidance = (float(part.pow(2).mean().sqrt()) for part in parts)
+        metrics = {
+            "dmd_normaliser": float(matching.normaliser_B.mean()),
+            "dmd_direction_rms": float(matching.direction.pow(2).mean().sqrt()),
+            "dmd_matching_rms": matched,
+            "dmd_guidance_rms": guidance,
+            # A share, not a quotient: the matching part starts at exactly 0.
+            "dmd_guidance_share": guidance / (guidance + matched) if guidance else 0.0,
+            "score_gap_rms": float((real.velocity - critic.velocity).pow(2).mean().sqrt()),
+            "student_latent_mean": float(x0.mean()),
+            "student_latent_std": float(x0.std()),
+            "exit_rung": float(rollout.exit_rung),
+        }
+        if not settings.ground_truth_weight:
+            return Comparison(matching, None, metrics)
+        assert batch.latents_BCFHW is not None, "the ground-truth term needs latents in the batch"
+        exact = velocity_from_x0(x_t, batch.latents_BCFHW.float(), sigma_B)
+        truth = matching_direction(x0, x_t, sigma_B, exact, critic.velocity)
+        return Comparison(matching, truth.direction, metrics)
+
+    def _real_score(self, x_t: Tensor, sigma_B: Tensor, batch: Batch, critic: Score, step: int) -> Score:
+        """What the critic is compared with: the guided teacher, or one that leans towards the critic."""
+        settings, fraction = self.settings, self.settings.weak_to_strong.fraction(step)
+        network: Denoiser = self.teacher
+        if self.exact_weak:
+            assert self.weak is not None
+            self.weak.scale = fraction
+            network = self.weak
+        real = score(network, x_t, sigma_B, batch.text, batch.negative_text, settings.real_score_guidance_scale)
+        return leaning(real, critic, fraction) if fraction and not self.exact_weak else real
 
     def critic_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         x0 = self._shared.get(batch.positions)
@@ -122,11 +208,16 @@ class DMD:
         for repeat in range(repeats):
             sigma_B = self._critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
             noise = stream.normal(batch.latent_shape, f"critic/noise {repeat}").to(self.device)
-            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=True)
+            routed = Routing(stream, f"critic/tread {repeat}")
+            velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
             loss = velocity_loss(velocity, x0, noise).mean()
             yield NamedLoss("fake_score_loss", loss / repeats)
+        if self.adversary is not None and self.adversary.learns(stream.step):
+            yield from self.adversary.critic_losses(x0, batch, stream)
 
     def _roll_out(self, batch: Batch, stream: RandomStream, with_grad: bool) -> Rollout:
+        if self.own_roll_out is not None:
+            return self.own_roll_out(batch, stream, with_grad)
         return roll_out(self.student, batch, stream, self.settings.rollout, "rollout", self.device, with_grad)
 
     # --- resume -----------------------------------------------------------------------------------------------------
@@ -138,12 +229,13 @@ class DMD:
         assert not state, f"unexpected method state {sorted(state)}"
 
 
-def build(parts: Ingredients) -> DMD:
-    """The method from `distillation_config`. Raises ValueError where a noise window is empty for one of the rungs."""
-    options = parts.options
+def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | None = None) -> DMD:
+    """DMD as `distillation_config` has it, on the caller's rollouts. Raises ValueError where a noise window is empty
+    for one of the rungs."""
+    options, head = parts.options, parts.discriminator
     assert parts.critic is not None, "DMD has a critic"
     settings = DMDSettings(
-        rollout=RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only),
+        rollout=rollout,
         generator_update_interval=options.generator_update_interval,
         critic_warmup_steps=options.critic_warmup_steps,
         real_score_guidance_scale=options.real_score_guidance_scale,
@@ -156,5 +248,41 @@ def build(parts: Ingredients) -> DMD:
         ts_schedule_max=options.ts_schedule_max,
         critic_noise_repeats=options.critic_noise_repeats,
         caption_dropout_probability=parts.caption_dropout_probability,
+        ground_truth_weight=options.ground_truth_weight,
+        weak_to_strong=WeakToStrong(
+            options.weak_lora_scale, options.weak_mode, options.weak_schedule, options.weak_schedule_steps
+        ),
+        adversary=_adversary(options),
     )
-    return DMD(parts.teacher, parts.student, parts.critic, settings, parts.device)
+    assert head is None or isinstance(head, VideoHead), "the head of this method judges videos"
+    return DMD(
+        parts.teacher, parts.student, parts.critic, settings, parts.device, roll_out=roll_out,
+        weak=cast(Weakened | None, parts.weak), head=head, blocks=() if head is None else head.blocks,
+    )  # fmt: skip
+
+
+def build(parts: Ingredients) -> Method:
+    """The method from `distillation_config`: `matching`, after regression on the teacher's trajectories if asked."""
+    options = parts.options
+    source = RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only)
+    method = matching(parts, source)
+    if not options.regression_steps:
+        return method
+    regression = OdeInitSettings(parts.schedule, options.ode_steps, options.real_score_guidance_scale)
+    first = OdeInit(parts.teacher, parts.student, regression, parts.device)
+    return Initialised(first, options.regression_steps, method)
+
+
+def _adversary(options: Any) -> AdversarySettings | None:
+    if not options.gan_weight:
+        return None
+    return AdversarySettings(
+        weight=options.gan_weight,
+        weight_mode=options.gan_weight_mode,
+        critic_weight=options.gan_critic_weight,
+        start_step=options.gan_start_step,
+        discriminator_warmup=options.gan_discriminator_warmup,
+        detach_backbone=options.gan_detach_backbone,
+        r1_weight=options.gan_r1_weight,
+        r1_sigma=options.gan_r1_sigma,
+    )

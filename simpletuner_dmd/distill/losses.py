@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from simpletuner_dmd.flow import spread
 
@@ -57,3 +58,28 @@ def matching_loss(x0_student: Tensor, direction: Tensor) -> Tensor:
     """1/2 mean (x0 - stopgrad(x0 - direction))^2: scalar, with gradient direction / (number of elements)."""
     target = (x0_student - direction).detach()
     return 0.5 * (x0_student - target).pow(2).mean()
+
+
+@torch.no_grad()
+def direction_parts(
+    sigma_B: Tensor, conditional: Tensor, guided: Tensor, critic: Tensor, normaliser_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The two parts that `matching_direction` is the sum of, from velocities that are there anyway.
+
+        x0_F - x0_T,g = (x0_F - x0_T,c) - (g - 1) (x0_T,c - x0_T,u)
+    The first matches distributions and vanishes with the critic at the teacher; the second is the guidance that is
+    being built in, and never vanishes (arXiv 2511.22677).
+    """
+    wide = torch.promote_types(conditional.dtype, torch.float32)
+    scale = spread(sigma_B.to(wide) / normaliser_B.clamp_min(NORMALISER_FLOOR).to(wide), conditional)
+    return scale * (conditional.to(wide) - critic.to(wide)), scale * (guided.to(wide) - conditional.to(wide))
+
+
+def discriminator_loss(logit_B: Tensor, *, real: bool) -> Tensor:
+    """softplus(-D) of real samples, softplus(D) of the student's: scalar. D then tends to log p_real / p_student."""
+    return softplus(-logit_B if real else logit_B).mean()
+
+
+def adversarial_loss(logit_B: Tensor) -> Tensor:
+    """The student's term, softplus(-D): scalar."""
+    return softplus(-logit_B).mean()

@@ -22,6 +22,15 @@ class Rollout:
     x0: Tensor
     exit_rung: int
 
+    @property
+    def first_exit(self) -> int:
+        """The earliest rung that a part of the clip left at; here the clip is one part."""
+        return self.exit_rung
+
+
+RollOut = Callable[[Batch, RandomStream, bool], Rollout]
+"""(batch, draws, whether the student's exit call records a graph) -> the student's samples."""
+
 
 @dataclass(frozen=True)
 class RolloutSettings:

@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from simpletuner_dmd.distill.losses import velocity_loss
 from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.noise_levels import Beta, Draw, Listed, LogitNormal, NoiseLevels, Uniform
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import Batch, Denoiser, add_noise, shifted
+from simpletuner_dmd.flow import TIMESTEPS, Batch, Denoiser, Routing, add_noise
 from simpletuner_dmd.randomness import RandomStream
 
 
 @dataclass(frozen=True)
 class SupervisedSettings:
-    """shift: None draws sigma logit-normal; a number k warps that draw by k u / (1 + (k - 1) u)."""
+    """levels: where on the noise scale the loss looks."""
 
-    shift: float | None = None
+    levels: NoiseLevels = NoiseLevels()
     caption_dropout_probability: float = 0.0
 
 
@@ -41,20 +41,14 @@ class Supervised:
     def end_step(self) -> None:
         pass
 
-    def draw_sigma(self, stream: RandomStream) -> Tensor:
-        """[B] fp32: sigmoid of a standard normal, then the shift."""
-        u = torch.sigmoid(stream.normal((), "sigma").double())
-        sigma = u if self.settings.shift is None else shifted(u, self.settings.shift)
-        assert isinstance(sigma, Tensor)
-        return sigma.float()
-
     def losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         assert batch.latents_BCFHW is not None, "supervised training needs latents"
         x0 = batch.latents_BCFHW.float()
-        sigma_B = self.draw_sigma(stream).to(self.device)
+        sigma_B = self.settings.levels.sigma(stream, batch.latent_shape).to(self.device)
         noise = stream.normal(batch.latent_shape, "noise").to(self.device)
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
-        velocity = self.student.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=True)
+        routed = Routing(stream, "tread")
+        velocity = self.student.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
         yield NamedLoss("loss", velocity_loss(velocity, x0, noise).mean())
 
     def state_dict(self) -> dict[str, Any]:
@@ -64,7 +58,20 @@ class Supervised:
         assert not state, f"unexpected method state {sorted(state)}"
 
 
+def noise_levels(options: Any) -> NoiseLevels:
+    """The `flow_*` options as a draw and a shift."""
+    draw: Draw = LogitNormal(scale=options.flow_sigmoid_scale)
+    if options.flow_use_uniform_schedule:
+        draw = Uniform()
+    elif options.flow_use_beta_schedule:
+        draw = Beta(options.flow_beta_schedule_alpha, options.flow_beta_schedule_beta)
+    elif options.flow_custom_timesteps is not None:
+        # As SimpleTuner reads them: up to 1 they are sigmas already.
+        draw = Listed(tuple(t if t <= 1 else t / TIMESTEPS for t in options.flow_custom_timesteps))
+    return NoiseLevels(draw, options.flow_schedule_shift, options.flow_schedule_auto_shift)
+
+
 def build(parts: Ingredients) -> Supervised:
     """The method from the noise options of the configuration."""
-    settings = SupervisedSettings(parts.options.flow_schedule_shift, parts.caption_dropout_probability)
+    settings = SupervisedSettings(noise_levels(parts.options), parts.caption_dropout_probability)
     return Supervised(parts.student, settings, parts.device)

@@ -33,6 +33,7 @@ def front_matter(info: ExportInfo) -> dict[str, Any]:
     """What the Hub reads. One `base_model` in diffusers layout: its copied snippet breaks on a list."""
     tags = ["text-to-video", "diffusers", "wan", *(["lora"] if info.model_type == "lora" else [])]
     tags += ["comfyui", "template:sd-lora"] if info.model_type == "lora" else []
+    tags += ["lycoris"] if info.lycoris else []
     tags += ["distillation"] if info.schedule.ladder else []
     matter: dict[str, Any] = {"license": info.licence, "library_name": "diffusers", "pipeline_tag": "text-to-video"}
     if not info.base_is_local:
@@ -43,7 +44,9 @@ def front_matter(info: ExportInfo) -> dict[str, Any]:
 
 def _summary(info: ExportInfo) -> str:
     kind = (
-        "LoRA for"
+        "LyCORIS network for"
+        if info.lycoris
+        else "LoRA for"
         if info.model_type == "lora"
         else "full copy, in few steps, of"
         if info.schedule.ladder
@@ -102,6 +105,7 @@ def _training(info: ExportInfo, weights_dtype: str) -> str:
     rows = [
         ("base", f"`{info.base_name}`"),
         ("teacher", info.teacher),
+        ("merged into the base", _teacher_lora(info)),
         ("method", info.method or "supervised"),
         ("trained sizes", sizes),
         ("framerate", f"{info.framerate:g}"),
@@ -113,6 +117,14 @@ def _training(info: ExportInfo, weights_dtype: str) -> str:
         *((name, f"{value:.6g}") for name, value in info.metrics.items()),
     ]
     return f"## Training\n\n{_table([(name, value) for name, value in rows if value])}"
+
+
+def _teacher_lora(info: ExportInfo) -> str:
+    lora = info.teacher_lora
+    if lora is None:
+        return ""
+    first = ": load it first, as above" if info.model_type == "lora" else ""
+    return f"`{lora.file}` at strength {lora.strength:g}{first}"
 
 
 def _validation(info: ExportInfo) -> str:

@@ -20,6 +20,8 @@ DIFFUSERS_PREFIX = "transformer."
 COMFYUI_PREFIX = "diffusion_model."
 
 _SUFFIXES = (".lora_A.weight", ".lora_B.weight")
+MAGNITUDE = ".lora_magnitude_vector"
+"""DoRA's row norms, under PEFT's name in files: diffusers takes them beside the factors."""
 
 # Inside a block: diffusers' name of a linear layer, Wan's own name of it.
 _IN_BLOCK = {
@@ -52,12 +54,29 @@ _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 def split_key(key: str) -> tuple[str, str]:
     """ "blocks.0.attn1.to_q.lora_A.weight" -> ("blocks.0.attn1.to_q", ".lora_A.weight").
 
-    Raises ValueError for a tensor that is no LoRA factor (a bias, a DoRA magnitude): no reader would apply it.
+    Raises ValueError for a tensor that is no LoRA factor (a bias, a DoRA magnitude).
     """
     for suffix in _SUFFIXES:
         if key.endswith(suffix):
             return key.removesuffix(suffix), suffix
     raise ValueError(f"{key!r} is not a LoRA factor: names must end in {' or '.join(_SUFFIXES)}")
+
+
+def module_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """diffusers' names of the linear layers that Wan's own code has too: inside a block, and outside of the blocks."""
+    return tuple(_IN_BLOCK), tuple(_OUTSIDE_BLOCKS)
+
+
+def diffusers_module(module: str) -> str:
+    """The reverse of `comfyui_module`; diffusers' own names pass. Raises ValueError for a layer of neither."""
+    block = _BLOCK.fullmatch(module)
+    names, name = (_IN_BLOCK, block[2]) if block else (_OUTSIDE_BLOCKS, module)
+    if name in names:
+        return module
+    ours = next((ours for ours, theirs in names.items() if theirs == name), None)
+    if ours is None:
+        raise ValueError(f"{module!r} is no layer of a Wan transformer")
+    return f"blocks.{block[1]}.{ours}" if block else ours
 
 
 def comfyui_module(module: str) -> str:
@@ -70,9 +89,14 @@ def comfyui_module(module: str) -> str:
 
 
 def fold_alpha(lora: Mapping[str, Tensor], *, rank: int, alpha: float) -> dict[str, Tensor]:
-    """alpha / rank multiplied into every B, in fp32; every A needs its B."""
+    """alpha / rank multiplied into every B, in fp32; every A needs its B. DoRA's row norms pass as they are."""
     folded = {}
     for key, tensor in lora.items():
+        if (magnitude := key.removesuffix(".weight")).endswith(MAGNITUDE):
+            if (factor := magnitude.removesuffix(MAGNITUDE) + _SUFFIXES[0]) not in lora:
+                raise ValueError(f"{key!r} is there but {factor!r} is missing")
+            folded[magnitude] = tensor.detach().to("cpu", torch.float32).clone()
+            continue
         module, suffix = split_key(key)
         other = _SUFFIXES[1 - _SUFFIXES.index(suffix)]
         if module + other not in lora:

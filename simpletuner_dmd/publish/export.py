@@ -2,6 +2,7 @@
 
 export/
 ├── diffusers/pytorch_lora_weights.safetensors   (or transformer/) + scheduler/scheduler_config.json
+├── lycoris/<run>.safetensors                    in its place where lora_type is lycoris: see `lycoris`
 ├── comfyui/<run>.safetensors + workflow.json
 ├── sampler.py                                   the exact few-step sampler on stock diffusers
 ├── distill.json                                 what it is, for programs; written after the weights
@@ -14,6 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,13 @@ from torch import Tensor
 
 from simpletuner_dmd.durable import write_folder, write_json, write_text, write_through
 from simpletuner_dmd.publish.card import model_card
+from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key, to_diffusers
+from simpletuner_dmd.publish.experts import experts_document, experts_sampler_file, low_noise_files
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice, scheduler_for
 from simpletuner_dmd.publish.snippets import LORA_FILE, load_snippet, sampler_file
-from simpletuner_dmd.publish.workflow import comfyui_workflow
+from simpletuner_dmd.publish.workflow import comfyui_workflow, two_expert_workflow
 
 FORMATS = ("diffusers", "comfyui")
 SMALL_BYTES = 100_000_000
@@ -43,10 +47,12 @@ def export_lora(
     info: ExportInfo,
     formats: Sequence[str] = FORMATS,
     dtype: torch.dtype | None = None,
+    low_noise: Mapping[str, Tensor] | None = None,
 ) -> list[Path]:
     """Writes a LoRA (PEFT names without prefix, see `dialects`) into `directory` in the chosen formats.
 
-    dtype: of the stored factors; None takes fp32 for a small LoRA and bf16 for a large one. Returns what was written.
+    dtype: of the stored factors; None takes fp32 for a small LoRA and bf16 for a large one. low_noise: the second LoRA
+    of a two-expert student, of the same rank and alpha. Returns what was written.
     """
     if unknown := set(formats) - set(FORMATS):
         raise ValueError(f"unknown export format {', '.join(sorted(unknown))}: choose from {', '.join(FORMATS)}")
@@ -61,13 +67,15 @@ def export_lora(
     choice = scheduler_for(info.schedule, info.renoise)
     written = []
     if "diffusers" in formats:
-        metadata = {"format": "pt", **_own_metadata(info, choice, "diffusers")}
-        written.append(_save(directory / "diffusers" / LORA_FILE, folded, metadata))
+        metadata = {"format": "pt", **own_metadata(info, choice, "diffusers")}
+        written.append(save(directory / "diffusers" / LORA_FILE, folded, metadata))
     comfyui_file = f"{info.file_name}.safetensors" if comfyui else None
     if comfyui_file:
-        metadata = {"format": "pt", **_own_metadata(info, choice, "comfyui"), **_foreign_metadata(info, rank, comfyui)}
-        written.append(_save(directory / "comfyui" / comfyui_file, comfyui, metadata))
+        metadata = {"format": "pt", **own_metadata(info, choice, "comfyui"), **foreign_metadata(info, rank, comfyui)}
+        written.append(save(directory / "comfyui" / comfyui_file, comfyui, metadata))
         graph = comfyui_workflow(info, comfyui_file, choice.name)
+        if low_noise is not None:
+            graph = two_expert_workflow(graph, info, low_noise_files(info)["comfyui"].name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
         "rank": rank,
@@ -75,7 +83,21 @@ def export_lora(
         "trained_alpha": alpha,
         "files": [str(p.relative_to(directory)) for p in written if p.suffix == ".safetensors"],
     }
-    return written + _describe(directory, info, choice, _dtype_name(dtype), comfyui_file, adapter)
+    if low_noise is not None:
+        low = {key: tensor.to(dtype).contiguous()
+               for key, tensor in to_diffusers(low_noise, rank=rank, alpha=alpha).items()}  # fmt: skip
+        for dialect, name in low_noise_files(info).items():
+            if dialect in formats:
+                tensors = low
+                if dialect == "comfyui":
+                    tensors = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): low[key] for key in low}
+                metadata = {
+                    "format": "pt",
+                    **own_metadata(info, choice, dialect),
+                    "simpletuner_dmd.expert": "low noise",
+                }
+                written.append(save(directory / name, tensors, metadata))
+    return written + describe(directory, info, choice, dtype_name(dtype), comfyui_file, adapter)
 
 
 def export_full(directory: Path, transformer: Any, info: ExportInfo) -> list[Path]:
@@ -89,20 +111,28 @@ def export_full(directory: Path, transformer: Any, info: ExportInfo) -> list[Pat
     choice = scheduler_for(info.schedule, info.renoise)
     folder = write_folder(directory / "diffusers" / "transformer", write)
     dtype = getattr(transformer, "dtype", None)
-    return [folder, *_describe(directory, info, choice, _dtype_name(dtype) if dtype else "as saved", None, {})]
+    return [folder, *describe(directory, info, choice, dtype_name(dtype) if dtype else "as saved", None, {})]
 
 
-def _describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights_dtype: str,
-              comfyui_file: str | None, adapter: Mapping[str, Any]) -> list[Path]:  # fmt: skip
+def describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights_dtype: str,
+             comfyui_file: str | None, adapter: Mapping[str, Any]) -> list[Path]:  # fmt: skip
     """Everything beside the weights. distill.json comes late: where it is, the weights are."""
     written = [write_text(directory / "diffusers" / "scheduler" / "scheduler_config.json",
                           choice.scheduler.to_json_string())]  # fmt: skip
-    if info.schedule.ladder:
-        written.append(write_text(directory / "sampler.py", sampler_file(info)))
+    if (sampler := _sampler_text(info)) is not None:
+        written.append(write_text(directory / "sampler.py", sampler))
     card = model_card(info, choice, weights_dtype=weights_dtype, comfyui_file=comfyui_file)
     written.append(write_text(directory / "README.md", card))
     written.append(write_json(directory / "distill.json", distill_document(info, choice, weights_dtype, adapter)))
     return written
+
+
+def _sampler_text(info: ExportInfo) -> str | None:
+    if not info.schedule.ladder:
+        return None
+    if info.blocks is not None:
+        return causal_sampler_file(info, info.blocks)
+    return experts_sampler_file(info) if info.boundary else sampler_file(info)
 
 
 def distill_document(
@@ -118,6 +148,8 @@ def distill_document(
         "ladder": {"timesteps": list(info.schedule.timesteps), "sigmas": list(info.schedule.ladder)},
         "renoise": info.renoise if info.schedule.ladder else None,
         "sampler": choice.name,
+        "blocks": None if info.blocks is None else asdict(info.blocks),
+        "experts": experts_document(info) if info.boundary else None,
         "shift": info.schedule.shift,
         "guidance": 1.0 if info.schedule.ladder else info.guidance,
         "scheduler": {
@@ -129,6 +161,7 @@ def distill_document(
         "base": info.base_name,
         "base_hash": info.base_hash or None,
         "teacher": info.teacher or None,
+        "teacher_lora": info.teacher_lora.as_dict() if info.teacher_lora else None,
         "trained_sizes": [{"width": w, "height": h, "frames": f} for w, h, f in info.trained_sizes],
         "framerate": info.framerate,
         "tokenizer_max_length": info.tokenizer_max_length,
@@ -152,7 +185,7 @@ def distill_document(
 # --- safetensors metadata: strings only -----------------------------------------------------------------------------
 
 
-def _own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> dict[str, str]:
+def own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> dict[str, str]:
     """The recipe under names of our own. No `lora_adapter_metadata`: diffusers would take it instead of the tensors."""
     sigmas = ", ".join(decimals(sigma) for sigma in (*info.schedule.ladder, 0.0)) if info.schedule.ladder else ""
     entries = {
@@ -166,7 +199,7 @@ def _own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> di
     return {f"simpletuner_dmd.{name}": value for name, value in entries.items() if value}
 
 
-def _foreign_metadata(info: ExportInfo, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def foreign_metadata(info: ExportInfo, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """What ComfyUI's and kohya's tools read. No trigger words: a distilled LoRA has none.
 
     ss_base_model_version takes Civitai's own name. Anything with "distill" in it would be shown as "Illustrious" by
@@ -204,9 +237,11 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
+    """A safetensors file, whole or not at all."""
     return write_through(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from simpletuner_dmd.flow import Schedule
+from simpletuner_dmd.validation.sampling import BlockSampling
+
+
+@dataclass(frozen=True)
+class TeacherLora:
+    """A fine-tune that was merged into the base before anything was trained. file: its name; sha256: of the file."""
+
+    file: str
+    strength: float
+    sha256: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -18,6 +32,7 @@ class ExportInfo:
     training, which then samples with `sampling_steps` steps of Wan's own solver at `guidance`.
     renoise: "sde" or "ode". base: a Hub name or a folder. base_hash: of the base's weights, "" where unknown.
     model_type: "lora" or "full". weights: "ema" or "raw". trained_sizes: (width, height, frames) in pixels.
+    adapter: "standard" (PEFT's LoRA) or "lycoris", where model_type is "lora". teacher_lora: part of the base.
     train_steps: updates of the student. validation_sizes as trained_sizes. hub_repo: where it is published, if it is.
     """
 
@@ -36,6 +51,9 @@ class ExportInfo:
     train_steps: int = 0
     weights: str = "raw"
     framerate: float = 16
+    blocks: BlockSampling | None = None  # of a causal student, which makes a clip block by block
+    boundary: float = 0.0  # sigma from which upwards the high-noise expert of a two-expert student works; 0: one expert
+    vae_scale: tuple[int, int] = (8, 4)  # pixels per latent in space, frames per latent in time
     licence: str = "apache-2.0"
     prompt: str = "a cat walks through tall grass"
     validation_prompts: tuple[str, ...] = ()
@@ -45,6 +63,13 @@ class ExportInfo:
     tool_version: str = ""
     note: str = ""
     hub_repo: str = ""
+    adapter: str = "standard"
+    teacher_lora: TeacherLora | None = None
+
+    @property
+    def lycoris(self) -> bool:
+        """A LyCORIS network: read by the library of that name, not by diffusers alone."""
+        return self.model_type == "lora" and self.adapter == "lycoris"
 
     @property
     def file_name(self) -> str:

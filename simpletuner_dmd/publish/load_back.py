@@ -1,4 +1,7 @@
-"""Loads an export with nothing but stock diffusers and compares what it samples with the sampler of training."""
+"""Loads an export with nothing but stock diffusers, and compares what it samples with the sampler of training.
+
+A LyCORIS student is put on the stock transformer by lycoris itself.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key
+from simpletuner_dmd.publish.lycoris import to_comfyui
 from simpletuner_dmd.publish.schedulers import ladder_error
 from simpletuner_dmd.publish.snippets import LORA_FILE
 
@@ -65,7 +69,13 @@ def check_export(
         _compare_dialects(export_dir, document)
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
         with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
-            latents = _sample(pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length)
+            if document["blocks"] is not None:
+                latents = _sample_blocks(pipeline, export_dir, prompt_embeds, shape, seed)
+            else:
+                switch = _load_sampler(export_dir / "sampler.py").switch_expert if document["experts"] else None
+                latents = _sample(
+                    pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length, switch
+                )
     except _Unfit as unfit:
         return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
     if latents.shape != reference_latents.shape:
@@ -108,21 +118,39 @@ class _Unfit(Exception):  # noqa: N818 - a verdict on the export, not an error o
     """The export cannot be used; the text says why."""
 
 
+@contextmanager
+def _seeded(pipeline: Any, seed: int) -> Iterator[None]:
+    """As a user seeds: `torch.manual_seed`, and everything draws from the global generator."""
+    device = pipeline._execution_device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _sample_blocks(pipeline: Any, export_dir: Path, prompt_embeds: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """A causal student by its own sampler.py."""
+    device = pipeline._execution_device
+    with _seeded(pipeline, seed):
+        noise = torch.randn(tuple(shape), device=device)
+        blocks = _load_sampler(export_dir / "sampler.py").blocks_of
+        return torch.cat(list(blocks(pipeline.transformer, noise, prompt_embeds.to(device))), dim=2)
+
+
 def _sample(
-    pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int
-) -> Tensor:
+    pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int,
+    switch_expert: Any = None,
+) -> Tensor:  # fmt: skip
     """A user's call: `torch.manual_seed`, then the pipeline draws all noise itself. Returns normalised latents."""
     _, _, frames, height, width = shape
     spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
     device = pipeline._execution_device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with _seeded(pipeline, seed):
         # With output_type "latent" the pipeline returns the latents it denoised, before it un-normalises them.
         return pipeline(
             prompt_embeds=prompt_embeds.to(device), height=height * spatial, width=width * spatial,
             num_frames=(frames - 1) * temporal + 1, num_inference_steps=steps, guidance_scale=1.0,
             max_sequence_length=max_sequence_length, output_type="latent", return_dict=False,
+            callback_on_step_end=switch_expert,
         )[0]  # fmt: skip
 
 
@@ -139,6 +167,14 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
             yield
         return
     file = export_dir / document["adapter"]["files"][0]
+    if document["adapter"].get("kind") == "lycoris":
+        with _lycoris(pipeline.transformer, file):
+            yield
+        return
+    if document["experts"]:
+        with _experts(pipeline, export_dir):
+            yield
+        return
     try:
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="load_back")
     except (ValueError, KeyError, RuntimeError) as error:
@@ -153,6 +189,40 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
 
 
 @contextmanager
+def _experts(pipeline: Any, export_dir: Path) -> Iterator[None]:
+    """Both LoRAs of a two-expert student, loaded by the function that its sampler.py gives users."""
+    try:
+        _load_sampler(export_dir / "sampler.py").load_experts(pipeline, str(export_dir / "diffusers"))
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _Unfit(f"diffusers refuses an expert: {error}") from error
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+
+
+@contextmanager
+def _lycoris(transformer: Any, file: Path) -> Iterator[None]:
+    """A LyCORIS file on the transformer as its users apply it, and off again."""
+    import lycoris
+
+    try:
+        network, tensors = lycoris.create_lycoris_from_weights(1.0, str(file), transformer)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise _Unfit(f"lycoris refuses {file.name}: {error}") from error
+    # A module that lycoris finds no layer for is left out without a word.
+    if len(network.loras) != (named := len({key.partition(".")[0] for key in tensors})):
+        raise _Unfit(f"lycoris finds {len(network.loras)} of the {named} modules of {file.name} in the base")
+    for module in network.loras:
+        module.to(transformer.device, transformer.dtype)
+    network.apply_to()
+    try:
+        yield
+    finally:
+        network.restore()
+
+
+@contextmanager
 def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
     former = getattr(pipeline, name)
     setattr(pipeline, name, component)
@@ -164,6 +234,9 @@ def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
 
 def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
     """The ComfyUI file holds the same factors under its names, so the same delta weights; and no alpha."""
+    if (document["adapter"] or {}).get("kind") == "lycoris":
+        _compare_lycoris(export_dir, document)
+        return
     files = [export_dir / name for name in (document["adapter"] or {}).get("files", [])]
     for file in files:
         if not file.exists():
@@ -177,6 +250,22 @@ def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
     for name, key in expected.items():
         if not torch.equal(theirs[name], ours[key]):
             raise _Unfit(f"comfyui/{files[1].name} differs from {LORA_FILE} at {name}")
+
+
+def _compare_lycoris(export_dir: Path, document: dict[str, Any]) -> None:
+    """The same of a LyCORIS export; ComfyUI takes alpha = rank where a file has none, which this file was made for."""
+    files = [export_dir / name for name in document["adapter"]["files"]]
+    for file in files:
+        if not file.exists():
+            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
+    if len(files) < 2:
+        return
+    expected, theirs = to_comfyui(load_file(files[0])), load_file(files[1])
+    if expected is None or expected.keys() != theirs.keys():
+        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as lycoris/{files[0].name}")
+    for name, tensor in expected.items():
+        if not torch.equal(theirs[name], tensor):
+            raise _Unfit(f"comfyui/{files[1].name} differs from lycoris/{files[0].name} at {name}")
 
 
 def _load_sampler(path: Path) -> Any:

@@ -30,7 +30,7 @@ if __name__ == "__main__":
     export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
 {load}
     pipe.scheduler = few_step_scheduler()
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu"){moved}
     torch.manual_seed(42)  # the first noise and the re-noising
     video = pipe(sys.argv[1], width={width}, height={height}, num_frames={frames}, num_inference_steps={steps},
                  guidance_scale=1.0, max_sequence_length={length}).frames[0]
@@ -38,22 +38,48 @@ if __name__ == "__main__":
 '''
 
 
+def load_lines(info: ExportInfo) -> str:
+    """The lines of a sampler.py that open the student from the export folder."""
+    if info.model_type == "full":
+        return ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
+                "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
+    base = ["pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)", *_teacher_lines(info)]
+    file = f'export.parent / "lycoris" / "{info.file_name}.safetensors"'
+    student = [_lycoris_line(f"str({file})")] if info.lycoris else \
+        [f'pipe.load_lora_weights(export, weight_name="{LORA_FILE}")']  # fmt: skip
+    return "\n".join(f"    {line}" for line in [*base, *student])
+
+
 def sampler_file(info: ExportInfo) -> str:
     """sampler.py, at most 30 lines: the ladder as sigmas inside a scheduler, so that no config has to express it."""
-    if info.model_type == "full":
-        load = ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
-                "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
-    else:
-        load = ("    pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)\n"
-                f'    pipe.load_lora_weights(export, weight_name="{LORA_FILE}")')  # fmt: skip
     width, height, frames = info.size
     return _SAMPLER.format(
         name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
-        ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name), load=load,
+        ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name),
+        load=load_lines(info),
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
-        imports=", WanTransformer3DModel" if info.model_type == "full" else "",
-        width=width, height=height, frames=frames, length=info.tokenizer_max_length, fps=info.framerate,
+        imports=", WanTransformer3DModel" if info.model_type == "full" else
+        "\nfrom lycoris import create_lycoris_from_weights" if info.lycoris else "",
+        moved=f"\n    {_MOVED}" if info.lycoris else "", width=width, height=height, frames=frames,
+        length=info.tokenizer_max_length, fps=info.framerate,
     )  # fmt: skip
+
+
+def _teacher_lines(info: ExportInfo) -> list[str]:
+    """The fine-tune that was part of the base, merged in as it was in training."""
+    if info.teacher_lora is None:
+        return []
+    file, strength = json.dumps(info.teacher_lora.file), info.teacher_lora.strength
+    return [f"pipe.load_lora_weights({file})  # the fine-tune that was distilled",
+            f"pipe.fuse_lora(lora_scale={strength:g}); pipe.unload_lora_weights()"]  # fmt: skip
+
+
+# lycoris' modules are no part of the pipeline: `pipe.to` leaves them where they were.
+_MOVED = "network.to(pipe.device, pipe.dtype)"
+
+
+def _lycoris_line(file: str) -> str:
+    return f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.transformer); network.apply_to()"
 
 
 def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
@@ -66,7 +92,9 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
+        *(["from lycoris import create_lycoris_from_weights  # pip install lycoris-lora"] if info.lycoris else []),
         "from diffusers.utils import export_to_video",
+        *(["from huggingface_hub import hf_hub_download"] if info.lycoris and info.hub_repo else []),
         *(["from sampler import few_step_scheduler  # sampler.py of this repository"]
           if choice.needs_sampler_file else []),
         "",
@@ -79,9 +107,18 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
             "                                                dtype=torch.bfloat16)",
             "pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)",
         ]
+    elif info.lycoris:
+        lines += [
+            "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+            *_teacher_lines(info),
+            *(['file = hf_hub_download(source, "lycoris/' + info.file_name + '.safetensors")'] if info.hub_repo else
+              ['file = source + "/lycoris/' + info.file_name + '.safetensors"']),
+            _lycoris_line("file"),
+        ]  # fmt: skip
     else:
         lines += [
             "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+            *_teacher_lines(info),
             f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}")',
             "assert pipe.get_active_adapters()  # a file that does not fit loads without an error",
         ]
@@ -89,6 +126,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         "pipe.scheduler = few_step_scheduler()" if choice.needs_sampler_file else
         f'pipe.scheduler = {scheduler}.from_pretrained(source, subfolder="diffusers/scheduler")',
         'pipe.to("cuda")',
+        *([_MOVED] if info.lycoris else []),
         "torch.manual_seed(42)  # also the noise between the steps, which `generator=` does not reach"
         if choice.name == "lcm" else "torch.manual_seed(42)",
         f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "

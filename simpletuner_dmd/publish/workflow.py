@@ -14,7 +14,9 @@ def comfyui_workflow(info: ExportInfo, lora_file: str, sampler: str) -> dict[str
     width, height, frames = info.size
     return {
         "1": _node("UNETLoader", unet_name=base_file(info), weight_dtype="default"),
-        "2": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=lora_file, strength_model=1.0),
+        **_teacher_node(info),
+        "2": _node("LoraLoaderModelOnly", model=["17" if info.teacher_lora else "1", 0], lora_name=lora_file,
+                   strength_model=1.0),
         "3": _node("CLIPLoader", clip_name="umt5_xxl_fp8_e4m3fn_scaled.safetensors", type="wan"),
         "4": _node("CLIPTextEncode", text=info.prompt, clip=["3", 0]),
         "5": _node("VAELoader", vae_name="wan_2.1_vae.safetensors"),
@@ -30,6 +32,14 @@ def comfyui_workflow(info: ExportInfo, lora_file: str, sampler: str) -> dict[str
         "14": _node("SaveVideo", video=["13", 0], filename_prefix=f"video/{info.file_name}",
                     **{"format": "auto", "format.codec": "auto", "codec": "auto"}),
     }  # fmt: skip
+
+
+def _teacher_node(info: ExportInfo) -> dict[str, Node]:
+    """The fine-tune that the base of the training had merged in; its file name is the one it was trained with."""
+    if info.teacher_lora is None:
+        return {}
+    lora, strength = info.teacher_lora.file, info.teacher_lora.strength
+    return {"17": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=lora, strength_model=strength)}
 
 
 def _few_step_nodes(info: ExportInfo) -> dict[str, Node]:
@@ -48,6 +58,23 @@ def _many_step_nodes(info: ExportInfo) -> dict[str, Node]:
         "15": _node("ModelSamplingSD3", model=["2", 0], shift=float(info.schedule.shift)),
         "16": _node("CLIPTextEncode", text="", clip=["3", 0]),
     }
+
+
+def two_expert_workflow(graph: dict[str, Node], info: ExportInfo, low_noise_file: str) -> dict[str, Node]:
+    """The graph of the high-noise expert, extended: after its steps those of the low-noise one, without new noise."""
+    first = sum(sigma >= info.boundary for sigma in info.schedule.ladder)
+    return {
+        **graph,
+        "20": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=low_noise_file, strength_model=1.0),
+        "21": _node("SplitSigmas", sigmas=["9", 0], step=first),
+        "22": _node("BasicGuider", model=["20", 0], conditioning=["4", 0]),
+        "23": _node("DisableNoise"),
+        "11": _node("SamplerCustomAdvanced", noise=["7", 0], guider=["10", 0], sampler=["8", 0], sigmas=["21", 0],
+                    latent_image=["6", 0]),
+        "24": _node("SamplerCustomAdvanced", noise=["23", 0], guider=["22", 0], sampler=["8", 0], sigmas=["21", 1],
+                    latent_image=["11", 0]),
+        "12": _node("VAEDecode", samples=["24", 0], vae=["5", 0]),
+    }  # fmt: skip
 
 
 def base_file(info: ExportInfo) -> str:

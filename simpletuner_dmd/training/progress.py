@@ -11,7 +11,10 @@ from typing import TextIO
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
-SHOWN = {"loss": "loss", "critic_loss": "critic", "fake_score_loss": "critic", "dmd_loss": "dmd", "lr": "lr"}
+SHOWN = {
+    "loss": "loss", "critic_loss": "critic", "fake_score_loss": "critic", "dmd_loss": "dmd", "scm_loss": "scm",
+    "lr": "lr",
+}  # fmt: skip
 
 
 def peak_bytes(device: torch.device | str = "cpu") -> int:

@@ -92,8 +92,13 @@ def _average(parameters: list[nn.Parameter], accelerator: Any) -> None:
     """
     if accelerator.num_processes == 1:
         return
+    # Every rank must bring the same tensors to the collective; a tensor that no rank has a gradient for (a
+    # discriminator before its first step) is left out, as it is on one process.
+    moved = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
+    flags = accelerator.reduce(moved, reduction="sum").tolist()
+    parameters = [parameter for parameter, flag in zip(parameters, flags, strict=True) if flag]
     for parameter in parameters:
-        if parameter.grad is None:  # every rank must bring the same tensors to the collective
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     flat = torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None])
     flat = accelerator.reduce(flat, reduction="mean")

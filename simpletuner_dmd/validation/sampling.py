@@ -5,12 +5,14 @@ Shapes: B batch, C channels, F latent frames, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from simpletuner_dmd.distill.blocks import BlockPlan, CausalDenoiser, sample_blocks_euler, stream_blocks
 from simpletuner_dmd.flow import (
     Denoiser,
     NoiseSource,
@@ -38,13 +40,31 @@ def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str 
 
 
 @dataclass(frozen=True)
+class BlockSampling:
+    """How a causal student is sampled: the keys of `distillation_config` of the same names, in latent frames."""
+
+    num_frame_per_block: int
+    independent_first_frame: bool = False
+    context_noise: float = 0.0
+    sink_frames: int = 0
+    local_attn_frames: int = 0
+
+    def plan(self, frames: int) -> BlockPlan:
+        return BlockPlan(frames, self.num_frame_per_block, self.independent_first_frame)
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """How one network is sampled: a few-step ladder, or Euler steps with guidance where the ladder is empty."""
+    """How one network is sampled: a few-step ladder, or Euler steps with guidance where the ladder is empty.
+
+    blocks: of a causal student, which walks its ladder block by block.
+    """
 
     schedule: Schedule
     renoise: str = "sde"
     steps: int = 50
     guidance: float = 1.0
+    blocks: BlockSampling | None = None
 
     @property
     def forwards(self) -> int:
@@ -65,7 +85,24 @@ class Sampler:
         self, denoiser: Denoiser, first: Tensor, fresh: NoiseSource, text: TextEmbedding, negative: TextEmbedding
     ) -> Tensor:
         """As a call, with the noise given: `first` [B, C, F, H, W], and `fresh` where the ladder re-noises."""
+        if self.schedule.ladder and self.blocks is not None:
+            return torch.cat(list(self.stream(denoiser, first, fresh, text)), dim=2)
         if self.schedule.ladder:
             return sample_few_step(denoiser, first, text, self.schedule, self.renoise, fresh)
         sigmas = euler_sigmas(self.steps, self.schedule.shift)
+        if self.blocks is not None:
+            plan, student = self.blocks.plan(first.shape[2]), cast(CausalDenoiser, denoiser)
+            return sample_blocks_euler(student, first, text, negative, sigmas, self.guidance, plan)
         return sample_euler(denoiser, first, text, negative, sigmas, self.guidance)
+
+    def stream(self, denoiser: Denoiser, first: Tensor, fresh: NoiseSource, text: TextEmbedding) -> Iterator[Tensor]:
+        """Each block [B, C, f, H, W] of a causal student's video as soon as it is finished."""
+        assert self.blocks is not None and hasattr(denoiser, "block_velocity"), "not a causal student"
+        plan, draws = self.blocks.plan(first.shape[2]), len(self.schedule.ladder) + 1
+        # No grad mode is held across a yield; `stream_blocks` records no graph of its own.
+        yield from stream_blocks(
+            cast(CausalDenoiser, denoiser), first, text, self.schedule, self.renoise,
+            # Every draw of the video has a number of its own, whichever block it is for.
+            lambda block, rung, like: fresh(block * draws + rung, like),
+            plan, self.blocks.context_noise,
+        )  # fmt: skip

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from simpletuner_dmd.randomness import derive_seed
 
@@ -34,13 +33,17 @@ CONDITIONING_TARGETS = (
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """One LoRA: its rank, alpha (scale = alpha / rank), initialisation and targets (None: DEFAULT_TARGETS)."""
+    """One LoRA: its rank, alpha (scale = alpha / rank), initialisation and targets (None: DEFAULT_TARGETS).
+
+    dora: also trains the norm of each row of the adapted weights (Liu et al. 2024, "DoRA").
+    """
 
     rank: int
     alpha: float
     init: str | bool = True
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    dora: bool = False
 
 
 AdapterState = tuple[str | None, float]
@@ -52,6 +55,13 @@ class AdapterSwitch:
     def __init__(self, transformer: nn.Module, specs: dict[str, AdapterSpec], seed: int) -> None:
         self.transformer = transformer
         transformer.requires_grad_(False)
+        self.state: AdapterState = (None, 1.0)
+        self._attach(specs, seed)
+        self._apply(self.state)
+
+    def _attach(self, specs: dict[str, AdapterSpec], seed: int) -> None:
+        """Adds the adapters, in fp32 and with gradients, none of them selected yet."""
+        transformer = self.transformer
         network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -64,8 +74,6 @@ class AdapterSwitch:
             parameter.requires_grad_(adapter is not None)
             if adapter is not None:
                 parameter.data = parameter.data.float()  # what trains is kept in fp32
-        self.state: AdapterState = (None, 1.0)
-        self._apply(self.state)
 
     def _apply(self, state: AdapterState) -> None:
         name, scale = state
@@ -94,7 +102,7 @@ class AdapterSwitch:
         return [
             (name.replace(f".{adapter}.", "."), parameter)
             for name, parameter in self.transformer.named_parameters()
-            if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
+            if adapter_of(name, [adapter]) is not None
         ]
 
 
@@ -111,31 +119,6 @@ def _lora_config(spec: AdapterSpec) -> LoraConfig:
         lora_alpha=spec.alpha,
         lora_dropout=spec.dropout,
         init_lora_weights=spec.init,
+        use_dora=spec.dora,
         target_modules=list(spec.targets or DEFAULT_TARGETS),
     )
-
-
-class BlockRunner:
-    """Runs each transformer block while gradients are on: plainly, or recomputing it in backward.
-
-    Attached by the model's own `enable_gradient_checkpointing(gradient_checkpointing_func=...)`; without gradients the
-    model does not call it. A recompute happens under the adapter state of its forward, whatever is active by then.
-    """
-
-    def __init__(self, transformer: nn.Module, switch: AdapterSwitch | None, checkpointing: bool) -> None:
-        self.switch, self.checkpointing = switch, checkpointing
-        network: Any = transformer  # a stock WanTransformer3DModel
-        network.enable_gradient_checkpointing(gradient_checkpointing_func=self)
-
-    def __call__(self, block: nn.Module, *arguments: Any) -> Tensor:
-        if not self.checkpointing:
-            return block(*arguments)
-        if self.switch is None:
-            return checkpoint(block, *arguments, use_reentrant=False)
-        switch, state = self.switch, self.switch.state
-
-        def run(*inner: Any) -> Tensor:
-            with switch.use(*state):
-                return block(*inner)
-
-        return checkpoint(run, *arguments, use_reentrant=False)

@@ -6,45 +6,27 @@ adapters off. A full student or a full critic owns its own weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import TIMESTEPS, TextEmbedding
-from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch, BlockRunner
+from simpletuner_dmd.flow import TextEmbedding
+from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
+from simpletuner_dmd.wan.causal import Blocks, CausalWanDenoiser, Window
+from simpletuner_dmd.wan.denoiser import WanDenoiser
+from simpletuner_dmd.wan.lycoris import CHILD, LycorisSpec, make_switch
+from simpletuner_dmd.wan.runner import BlockRunner
 
 
-class WanDenoiser:
-    """One role: a transformer, the adapter it sees, and the precision of its forward. Implements flow.Denoiser."""
+@dataclass(frozen=True)
+class CausalLayout:
+    """How a causal student cuts a clip into blocks, and how far these look back."""
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        switch: AdapterSwitch | None,
-        adapter: str | None,
-        autocast: torch.dtype | None = None,
-    ) -> None:
-        self.transformer, self.switch, self.adapter, self.autocast = transformer, switch, adapter, autocast
-        # The patch embedding is never quantised and never kept back in fp32: its dtype is that of the activations.
-        self.weight: Tensor = transformer.get_parameter("patch_embedding.weight")
-
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
-        dtype, device = self.weight.dtype, self.weight.device
-        selected: AbstractContextManager[None] = nullcontext() if self.switch is None else self.switch.use(self.adapter)
-        cast: AbstractContextManager[object] = (
-            nullcontext() if self.autocast is None else torch.autocast(device.type, dtype=self.autocast)
-        )
-        with selected, cast:
-            (velocity,) = self.transformer(
-                hidden_states=x_t_BCFHW.to(dtype),
-                timestep=TIMESTEPS * sigma.float(),  # a float in fp32: bf16 would round 981 to 980
-                encoder_hidden_states=text.expand(len(x_t_BCFHW)).rows_BLD.to(dtype),
-                return_dict=False,
-            )
-        return velocity.float()
+    blocks: Blocks
+    window: Window
 
 
 @dataclass
@@ -60,7 +42,7 @@ class Roles:
     teacher: WanDenoiser
     denoisers: dict[str, WanDenoiser]
     parameters: dict[str, list[tuple[str, nn.Parameter]]]
-    adapters: dict[str, AdapterSpec]
+    adapters: dict[str, AdapterSpec | LycorisSpec]
 
     @property
     def student(self) -> WanDenoiser:
@@ -111,8 +93,9 @@ class Roles:
 def build_roles(
     base: nn.Module,
     *,
-    adapters: dict[str, AdapterSpec],
+    adapters: Mapping[str, AdapterSpec | LycorisSpec],
     full: dict[str, nn.Module] | None = None,
+    causal: CausalLayout | None = None,
     gradient_checkpointing: bool = False,
     autocast: torch.dtype | None = None,
     seed: int = 0,
@@ -120,21 +103,29 @@ def build_roles(
     """Puts the roles on `base` (frozen here) and on the networks given.
 
     adapters: the roles that are LoRAs on the base. full: the roles that own a network. `autocast` is the compute dtype
-    of full networks whose weights are fp32 masters; base forwards run in the base's own dtype.
+    of full networks whose weights are fp32 masters; base forwards run in the base's own dtype. causal: the student
+    works block by block; whoever shares its network does not notice.
     """
+
+    def role(name: str, network: nn.Module, switch: AdapterSwitch | None, cast: torch.dtype | None) -> WanDenoiser:
+        adapter = name if switch is not None else None
+        if name != "student" or causal is None:
+            return WanDenoiser(network, switch, adapter, cast)
+        return CausalWanDenoiser(network, switch, adapter, cast, blocks=causal.blocks, window=causal.window)
+
     full = full or {}
     assert "student" in adapters.keys() | full.keys(), "every run has a student"
     assert not adapters.keys() & full.keys(), "a role is an adapter or a network of its own"
-    switch = AdapterSwitch(base, adapters, seed)
+    switch = make_switch(base, dict(adapters), seed)
     BlockRunner(base, switch, gradient_checkpointing)
     base.train()
-    denoisers = {name: WanDenoiser(base, switch, name) for name in adapters}
+    denoisers = {name: role(name, base, switch, None) for name in adapters}
     parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in adapters}
     for name, network in full.items():
         network.requires_grad_(True).train()
         BlockRunner(network, None, gradient_checkpointing)
         parameters[name] = list(network.named_parameters())
-        denoisers[name] = WanDenoiser(network, None, None, autocast)
+        denoisers[name] = role(name, network, None, autocast)
     order = sorted(denoisers, key=lambda name: name != "student")  # the student first, whoever owns a network
     return Roles(
         WanDenoiser(base, switch, None),
@@ -149,12 +140,19 @@ class SelfTestError(RuntimeError):
 
 
 def self_test(
-    roles: Roles, x_t_BCFHW: Tensor, text: TextEmbedding, *, fresh: bool, shared_numerics: bool = True
+    roles: Roles,
+    x_t_BCFHW: Tensor,
+    text: TextEmbedding,
+    *,
+    fresh: bool,
+    shared_numerics: bool = True,
+    started_elsewhere: Container[str] = (),
 ) -> list[str]:
     """Checks at step 0 that student and critic start as the teacher and that gradients reach exactly the moving role.
 
     fresh: adapters are new, so outputs must agree bit for bit (on resume only gradients are checked).
     shared_numerics: no full network beside a quantised base; where False the difference is returned as a line to print.
+    started_elsewhere: roles that do not start as the teacher on purpose; their difference is returned as well.
     Returns lines worth printing; raises SelfTestError.
     """
     lines = []
@@ -169,7 +167,7 @@ def self_test(
                     lines.append(f"self-test: the {name} equals the teacher bit for bit")
                     continue
                 difference = float((actual - expected).norm() / expected.norm())
-                if shared_numerics and role.autocast is None:
+                if shared_numerics and role.autocast is None and name not in started_elsewhere:
                     raise SelfTestError(f"the {name} does not start as the teacher: relative difference {difference:g}")
                 lines.append(f"self-test: the {name} starts {difference:.2e} (relative) away from the teacher")
     target = torch.randn(x_t_BCFHW.shape, generator=torch.Generator().manual_seed(0)).to(x_t_BCFHW.device)
@@ -186,7 +184,8 @@ def self_test(
             gradient, parameter.grad = parameter.grad, None
             if (gradient is not None) != (id(parameter) in own_ids):
                 raise SelfTestError(f"a {name} update {'misses' if gradient is None else 'reaches'} {parameter_name}")
-            zero_initialised = "lora_B" in parameter_name and fresh
+            starts_at_zero = "lora_B" in parameter_name or (parameter_name.startswith(CHILD) and not parameter.any())
+            zero_initialised = starts_at_zero and fresh
             if gradient is not None and zero_initialised and not bool(gradient.any()):
                 raise SelfTestError(f"{parameter_name} of the {name} would never move: its gradient is exactly zero")
     lines.append("self-test: gradients reach exactly the moving role")

@@ -1,55 +1,24 @@
 """`simpletuner check`: what stands in the way is exit code 2, what is merely left out is a warning."""
 
 import json
-import sys
-import types
-from dataclasses import dataclass, field
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from simpletuner_dmd.cli.main import main
-
-
-@dataclass
-class Bad:
-    path: Path
-    reason: str
-
-
-@dataclass
-class Scan:
-    entry: Any
-    usable: list[Path] = field(default_factory=list)
-    rejected: list[Bad] = field(default_factory=list)
-    buckets: dict[str, int] = field(default_factory=dict)
+from tests.support.videos import write_moving_square
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with a config and a dataset; the scan takes .mp4 for usable and prints noise."""
-
-    def scan_datasets(datasets: list[Any], config: Any) -> list[Scan]:
-        print("scanning")
-        scans = []
-        for entry in datasets:
-            files = sorted(Path(entry.instance_data_dir).iterdir())
-            good = [path for path in files if path.suffix == ".mp4"]
-            bad = [Bad(path, "not a video") for path in files if path.suffix != ".mp4"]
-            scans.append(Scan(entry, good, bad, {"64x64x9": len(good)}))
-        return scans
-
-    monkeypatch.setitem(sys.modules, "simpletuner_dmd.data", types.ModuleType("simpletuner_dmd.data"))
-    for name, content in (("prepare", {"scan_datasets": scan_datasets}), ("manifest", {"stands_in": lambda *_: None})):
-        module = types.ModuleType(f"simpletuner_dmd.data.{name}")
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    """A working directory with a config and a dataset of one clip and one file that is none."""
     monkeypatch.chdir(tmp_path)
-    for name in ("clip.mp4", "notes.txt"):
-        (tmp_path / "videos").mkdir(exist_ok=True)
-        (tmp_path / "videos" / name).write_text("x")
-    entry = {"id": "clips", "dataset_type": "video", "instance_data_dir": "videos"}
+    write_moving_square(tmp_path / "videos" / "clip.mp4", (64, 64))
+    (tmp_path / "videos" / "notes.md").write_text("x")
+    entry = {"id": "clips", "dataset_type": "video", "instance_data_dir": "videos", "resolution": 64,
+             "video": {"num_frames": 9}}  # fmt: skip
     (tmp_path / "multidatabackend.json").write_text(json.dumps([entry]))
     configure(tmp_path)
     return tmp_path
@@ -67,14 +36,16 @@ def check_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int
 def test_rejected_files_are_warnings(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check"]) == 0
     shown = capsys.readouterr().out
-    assert "notes.txt: not a video" in shown
+    assert "notes.md: not a video: it is text" in shown and "wrong kind of file (1). Fix: keep such files" in shown
     assert "64x64x9: 1" in shown
     assert "Ready to train." in shown
     code, document = check_json(capsys)
     assert (code, document["ok"], document["problems"]) == (0, True, [])
     data = document["data"][0]
     assert (data["id"], data["usable"], data["buckets"]) == ("clips", 1, {"64x64x9": 1})
-    assert data["rejected"][0]["reason"] == "not a video"
+    assert data["counts"] == {"usable": 1, "wrong kind of file": 1}
+    (bad,) = data["rejected"]
+    assert (bad["kind"], bad["reason"]) == ("wrong kind of file", "not a video: it is text") and bad["fix"]
 
 
 def test_mistakes_in_the_config_are_in_the_document_too(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,11 +57,12 @@ def test_mistakes_in_the_config_are_in_the_document_too(home: Path, capsys: pyte
 
 @pytest.mark.parametrize("state", ["missing", "empty", "a file", "nothing usable"])
 def test_a_dataset_that_gives_nothing_is_a_problem(home: Path, capsys: pytest.CaptureFixture[str], state: str) -> None:
-    (home / "videos" / "clip.mp4").unlink()
-    if state != "nothing usable":
-        (home / "videos" / "notes.txt").unlink()
-    if state in ("missing", "a file"):
-        (home / "videos").rmdir()
+    if state == "nothing usable":
+        (home / "videos" / "clip.mp4").unlink()
+    else:
+        shutil.rmtree(home / "videos")
+    if state == "empty":
+        (home / "videos").mkdir()
     if state == "a file":
         (home / "videos").write_text("x")
     code, document = check_json(capsys)

@@ -82,11 +82,15 @@ def test_disabled_entries_are_left_out_whatever_else_they_hold() -> None:
 @pytest.mark.parametrize(
     ("entry", "key", "expected"),
     [
-        ({**VIDEO, "type": "csv"}, "type", "not available yet"),
-        ({**VIDEO, "dataset_type": "image"}, "dataset_type", "not available yet"),
+        ({**VIDEO, "type": "csv"}, "csv_file", "where the table is"),
+        ({**VIDEO, "type": "huggingface"}, "dataset_name", "which dataset"),
+        ({**VIDEO, "type": "aws"}, "aws_bucket_name", "which bucket"),
+        ({**VIDEO, "instance_data_dir": "{env:NO_SUCH_NAME}x"}, "instance_data_dir", "no variable NO_SUCH_NAME"),
+        ({**VIDEO, "instance_data_dir": "builtin"}, "instance_data_dir", "a set of prompts, not of videos"),
+        ({**VIDEO, "table": {"pth": "x"}}, "table.pth", "did you mean"),
+        ({**VIDEO, "caption_strategy": "csv", "metadata_backend": "parquet"}, "metadata_backend", "one table"),
         ({**VIDEO, "dataset_type": "vidoe"}, "dataset_type", "must be one of"),
-        ({**VIDEO, "metadata_backend": "parquet"}, "metadata_backend", "not available yet"),
-        ({**VIDEO, "caption_strategy": "csv"}, "caption_strategy", "not available yet"),
+        ({**VIDEO, "metadata_backend": "tar"}, "metadata_backend", "must be one of"),
         ({**VIDEO, "caption_strategy": "instanceprompt"}, "instance_prompt", "missing"),
         ({**VIDEO, "video": {"num_frame": 5}}, "video.num_frame", "did you mean"),
         ({**VIDEO, "video": {"num_frames": 0}}, "video.num_frames", "at least 1"),
@@ -143,3 +147,73 @@ def test_validation_of_another_size_than_training_is_said() -> None:
     assert len(size_notices(config, found.entries)) == 2
     same = completed({**PROMPTS, "resolution": "832x480"})
     assert size_notices(TrainConfig(), same.entries) == []
+
+
+# --- where samples come from ------------------------------------------------------------------------------------------
+
+
+def test_the_wan_guides_file_is_read_as_it_is() -> None:
+    """The multidatabackend.json of SimpleTuner's Wan guide."""
+    clips = {"id": "disney-black-and-white", "type": "local", "dataset_type": "video", "crop": False,
+             "resolution": 480, "minimum_image_size": 480, "maximum_image_size": 480, "target_downsample_size": 480,
+             "resolution_type": "pixel_area", "cache_dir_vae": "cache/vae/wan/disney-black-and-white",
+             "instance_data_dir": "datasets/disney-black-and-white", "disabled": False,
+             "caption_strategy": "textfile", "metadata_backend": "discovery", "repeats": 0,
+             "video": {"num_frames": 75, "min_frames": 75}}  # fmt: skip
+    text = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True,
+            "cache_dir": "cache/text/wan", "disabled": False, "write_batch_size": 128}  # fmt: skip
+    found = completed(clips, text)
+    assert found.notices == ['dataset "disney-black-and-white": num_frames 75 -> 73: Wan takes 4n+1 frames.']
+    assert (found.entries[0].video.num_frames, found.entries[0].video.min_frames) == (73, 75)
+
+
+def test_simpletuners_names_for_a_table() -> None:
+    raw = {"id": "web", "type": "csv", "dataset_type": "video", "csv_file": "list.csv", "csv_url_column": "link",
+           "csv_caption_column": "words", "csv_cache_dir": "/kept", "caption_strategy": "csv"}  # fmt: skip
+    found = completed(raw)
+    entry = found.entries[0]
+    assert (entry.table.path, entry.table.filename_column, entry.table.caption_column) == (
+        "/here/list.csv", "link", "words",
+    )  # fmt: skip
+    assert (entry.download_dir, found.notices) == ("/kept", [])
+    block = {"path": "t.parquet", "filename_column": "id", "width_column": "w", "identifier_includes_extension": False}
+    parquet = completed({**VIDEO, "caption_strategy": "parquet", "parquet": block})
+    assert parquet.entries[0].table.filename_column == "id" and parquet.entries[0].table_kind == "parquet"
+    assert "width_column" in parquet.notices[0]
+
+
+def test_simpletuners_names_for_a_hub_dataset() -> None:
+    raw = {"id": "hub", "type": "huggingface", "dataset_type": "video", "dataset_name": "owner/films",
+           "metadata_backend": "huggingface", "caption_strategy": "huggingface", "cache_dir": "kept",
+           "huggingface": {"caption_column": "words", "video_column": "clip", "split": "test"}}  # fmt: skip
+    found = completed(raw)
+    entry = found.entries[0]
+    assert (entry.caption_column, entry.video_column, entry.split) == ("words", "clip", "test")
+    assert (entry.download_dir, entry.cache_dir, found.notices) == ("/here/kept", None, [])
+    refused = read({**raw, "huggingface": {"filter_func": {"min_width": 5}}})
+    assert [problem.key for problem in refused.problems] == ['dataset "hub": filter_func']
+
+
+def test_downloads_of_each_dataset_have_a_folder_of_their_own() -> None:
+    assert completed(VIDEO).entries[0].download_dir == "/here/cache/downloads/clips"
+
+
+def test_pictures_are_one_frame() -> None:
+    entry = completed({**VIDEO, "dataset_type": "image", "minimum_image_size": 64}).entries[0]
+    assert (entry.video.num_frames, entry.video.min_frames) == (1, 1)
+    found = read({**VIDEO, "dataset_type": "image", "video": {"num_frames": 9}})
+    assert found.notices == ['dataset "clips": video has no effect on dataset_type image, type local.']
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"aws_bucket_name": "x"}, {"dataset_name": "a/b"}, {"download_dir": "x"}, {"table": {"path": "x"}}],
+    ids=lambda extra: next(iter(extra)),
+)
+def test_keys_of_another_place_are_said_to_do_nothing(extra: dict[str, Any]) -> None:
+    (notice,) = read({**VIDEO, **extra}).notices
+    assert next(iter(extra)) in notice
+
+
+def test_the_built_in_prompts_are_not_looked_for_in_a_folder() -> None:
+    assert completed({**PROMPTS, "instance_data_dir": "builtin"}).entries[0].instance_data_dir == "builtin"

@@ -264,18 +264,33 @@ def test_unreadable_files(home: Path) -> None:
         ({"report_to": "swanlab"}, "report_to", "must be one of: wandb, tensorboard, trackio"),
         ({"optimizer": "bnb-adamw8bit"}, "optimizer", "not available yet in this version"),
         ({"optimizer": "adamw_bf61"}, "optimizer", 'did you mean "adamw_bf16"?'),
-        ({"lora_type": "lycoris"}, "lora_type", "not available yet"),
+        ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
-            {"distillation_method": "lcm", "distillation_config": {"w_min": 1}},
-            "distillation_method",
-            "not available yet",
+            {"distillation_method": "self_forcing", "distillation_config": {"w_min": 1}},
+            "distillation_config.w_min",
+            "no",
         ),
+        ({"distillation_method": "perflow"}, "distillation_method", "must be one of: dmd"),
         ({"distillation_config": {"renoise": "ode"}}, "distillation_config", "distillation_method is not"),
         ({"max_train_steps": 10, "num_train_epochs": 1}, "num_train_epochs", "strict_epoch_limit"),
         ({"model_type": "full", "mixed_precision": "fp16"}, "mixed_precision", "bf16"),
         ({**DMD, "lora_dropout": 0.1}, "lora_dropout", "dropout would make"),
         ({"pretrained_model_name_or_path": "./absent"}, "pretrained_model_name_or_path", "there is no ./absent"),
-        ({"flow_use_uniform_schedule": True}, "flow_use_uniform_schedule", "flow_schedule_shift"),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True},
+            "flow_use_beta_schedule",
+            "flow_use_uniform_schedule and flow_use_beta_schedule each say",
+        ),
+        (
+            {"flow_use_uniform_schedule": True, "flow_use_beta_schedule": True, "flow_custom_timesteps": "500"},
+            "flow_custom_timesteps",
+            "keep one of them",
+        ),
+        ({"flow_schedule_auto_shift": True, "flow_schedule_shift": 3}, "flow_schedule_auto_shift", "remove one"),
+        ({**DMD, "flow_schedule_auto_shift": True}, "flow_schedule_auto_shift", "one ladder for every size"),
+        ({"flow_custom_timesteps": "1000,0"}, "flow_custom_timesteps", "above 0"),
+        ({"flow_custom_timesteps": []}, "flow_custom_timesteps", "at least one"),
+        ({"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 0}, "flow_beta_schedule_alpha", "0.1"),
         ({"validation_guidance_skip_layers": [9]}, "validation_guidance_skip_layers", "not available yet"),
         ({"model_family": "flux"}, "model_family", "must be one of: wan"),
     ],
@@ -289,9 +304,24 @@ def test_one_mistake(home: Path, content: dict[str, object], key: str, expected:
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
-        ({"gan_weight": 0.1}, "gan_weight"),
-        ({"weak_lora_scale": 0.25}, "weak_lora_scale"),
-        ({"ground_truth_weight": 1}, "ground_truth_weight"),
+        ({"gan_weight": -0.1}, "gan_weight"),
+        ({"gan_blocks": "middle"}, "gan_blocks"),
+        ({"gan_blocks": [-1]}, "gan_blocks"),
+        ({"gan_blocks": [1.5]}, "gan_blocks"),
+        ({"weak_lora_scale": 1}, "weak_lora_scale"),
+        ({"weak_mode": "cond-only"}, "weak_mode"),
+        ({"weak_lora_scale": 0.25, "weak_mode": "exact-both"}, "weak_mode"),
+        (
+            {
+                "weak_lora_scale": 0.25,
+                "weak_mode": "exact-both",
+                "real_score_guidance_scale": 1,
+                "fake_score_type": "full",
+            },
+            "weak_mode",
+        ),
+        ({"weak_schedule_steps": 0}, "weak_schedule_steps"),
+        ({"ground_truth_weight": 1.5}, "ground_truth_weight"),
         ({"dmd_denoising_steps": "900,500"}, "dmd_denoising_steps"),
         ({"dmd_denoising_steps": "1000,500,-1"}, "dmd_denoising_steps"),
         ({"dmd_denoising_steps": []}, "dmd_denoising_steps"),
@@ -314,9 +344,25 @@ def test_a_full_critic_beside_a_quantised_base_is_refused(home: Path) -> None:
 
 
 def test_simpletuner_keys_that_are_off_or_cannot_change_the_training_are_only_mentioned(home: Path) -> None:
-    content = {"flow_use_uniform_schedule": False, "offload_during_startup": True, "snr_gamma": 0}
+    content = {"masked_loss_probability": 1, "offload_during_startup": True, "snr_gamma": 0}
     notices = loaded(home, content).notices
     assert [notice.split()[0] for notice in notices][:3] == list(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"flow_use_uniform_schedule": True, "flow_sigmoid_scale": 2}, "flow_sigmoid_scale has no effect"),
+        ({"flow_beta_schedule_alpha": 3}, "flow_beta_schedule_alpha: no effect without flow_use_beta_schedule"),
+        ({"flow_custom_timesteps": "1000, 500", "flow_schedule_shift": 3}, "acts on validation only"),
+        ({"flow_custom_timesteps": "500", "flow_schedule_auto_shift": True}, "taken as they are"),
+        ({**DMD, "flow_use_uniform_schedule": True}, "flow_use_uniform_schedule: no effect here"),
+    ],
+)
+def test_noise_options_that_another_one_overrules_are_mentioned(
+    home: Path, content: dict[str, object], expected: str
+) -> None:
+    assert len([notice for notice in loaded(home, content).notices if expected in notice]) == 1
 
 
 def test_environment_variables_of_other_purposes_are_left_alone(home: Path) -> None:

@@ -77,12 +77,47 @@ def test_frames_are_rounded_down_to_whole_latent_frames() -> None:
         ({"distillation_config": {"min_score_timestep": 20}}, "min_score_timestep has no effect"),
         ({"lora_rank": 64, "distillation_config": {"fake_score_lora_rank": 8}}, "below the student's"),
         ({"strict_epoch_limit": True}, "strict_epoch_limit has no effect"),
+        ({"distillation_config": {"gan_blocks": "auto", "gan_r1_weight": 20}}, "gan_blocks, gan_r1_weight: no effect"),
+        ({"distillation_config": {"gan_weight": 0.1, "gan_r1_sigma": 0.2}}, "gan_r1_sigma: no effect"),
+        ({"distillation_config": {"gan_weight": 0.1, "gan_start_step": 50}}, "longer than gan_start_step 50"),
+        ({"distillation_config": {"weak_mode": "linear"}}, "weak_mode: no effect, weak_lora_scale is 0"),
+        ({"distillation_config": {"weak_lora_scale": 0.25, "weak_schedule_steps": 9}}, "weak_schedule is constant"),
+        ({"distillation_config": {"ground_truth_weight": 0.02}}, "stills motion"),
+        ({"distillation_config": {"ode_steps": 20}}, "ode_steps: no effect"),
     ],
 )
 def test_start_up_notices(options: dict[str, object], expected: str) -> None:
     notices = combination_notices(dmd(**{"train_batch_size": 16, **options}))
     assert len(notices) == 1
     assert expected in notices[0]
+
+
+def test_a_fading_fraction_is_gone_after_a_third_of_the_run() -> None:
+    fading = {"weak_lora_scale": 0.5, "weak_schedule": "linear_to_zero"}
+    assert dmd(max_train_steps=1000, distillation_config=fading).distillation.weak_schedule_steps == 300
+    chosen = dmd(max_train_steps=1000, distillation_config={**fading, "weak_schedule_steps": 50})
+    assert chosen.distillation.weak_schedule_steps == 50
+
+
+def test_blocks_of_the_discriminator() -> None:
+    for written in ("22,15,29", [15, 29, 22, 15], ["15", "22", "29"]):
+        assert dmd(distillation_config={"gan_weight": 0.1, "gan_blocks": written}).distillation.gan_blocks == (
+            15,
+            22,
+            29,
+        )
+    assert dmd(distillation_config={"gan_blocks": "Auto"}).distillation.gan_blocks == "auto"
+    chosen = dmd(distillation_config={"gan_weight": 0.1, "gan_blocks": "3"}).distillation
+    assert not chosen.depth_problems(4, "here")
+    (problem,) = chosen.depth_problems(3, "here")
+    assert (problem.file, problem.key) == ("here", "distillation_config.gan_blocks")
+
+
+def test_the_exact_weak_form_is_offered_where_it_is_right() -> None:
+    weak = {"weak_lora_scale": 0.25, "weak_mode": "exact-both"}
+    for options in ({"caption_dropout_probability": 0.1}, {"distillation_config": {"real_score_guidance_scale": 1}}):
+        config = dmd(**{**options, "distillation_config": {**weak, **options.get("distillation_config", {})}})  # type: ignore[dict-item]
+        assert not config.distillation.problems(config)
 
 
 def test_a_plain_distillation_has_nothing_to_say() -> None:

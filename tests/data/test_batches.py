@@ -144,11 +144,15 @@ def test_probability_weighs_datasets(tmp_path: Path, config: TrainConfig, encode
 def test_small_buckets_are_kept_or_pruned_and_said(folder: Path, tmp_path: Path, encoders: Encoders) -> None:
     kept = prepared([entry(folder)], make_config(tmp_path, train_batch_size=4), encoders)
     assert kept.steps_per_epoch(4) == 3
-    assert any("2 samples for a batch of 4, so some appear several times" in notice for notice in kept.notices)
+    assert any(
+        "2 samples for a batch of 4 (train_batch_size 4 x gradient_accumulation_steps 1 x num_processes 1), so some "
+        "appear several times" in notice
+        for notice in kept.notices
+    )
     pruning = make_config(tmp_path, train_batch_size=4, disable_bucket_pruning=False)
     pruned = prepared([entry(folder)], pruning, encoders)
     assert pruned.steps_per_epoch(4) == 2
-    assert any("2 samples for a batch of 4 and is left out; repeats: 1 would fill it" in n for n in pruned.notices)
+    assert any("num_processes 1) and is left out; repeats: 1 would fill it" in n for n in pruned.notices)
     assert "left out" in pruned.report() and "64x64x9: 5 samples, latents 16x3x8x8" in pruned.report()
     # Nothing left would be worse than a repeated sample.
     tiny = prepared([entry(folder)], make_config(tmp_path, train_batch_size=64, disable_bucket_pruning=False), encoders)

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import av
 import pytest
+from PIL import Image
 
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.schema import TrainConfig
-from simpletuner_dmd.data.scan import PromptSample, VideoSample, scan, scan_all
+from simpletuner_dmd.data.findings import CANNOT_READ
+from simpletuner_dmd.data.scan import PromptSample, VideoSample, look, scan, scan_all
+from simpletuner_dmd.data.sources.folder import list_files
 from tests.data.clips import captioned, entry, make_config, prompts_entry, write_video
 
 
@@ -165,6 +173,142 @@ def test_ids_name_folders_of_the_cache(tmp_path: Path, config: TrainConfig) -> N
         scan(bad, config)
 
 
+def test_the_wan_guides_sizes_and_lengths(tmp_path: Path) -> None:
+    """The entry of SimpleTuner's Wan guide, at a seventh of its size and a fifth of its length."""
+    captioned(tmp_path / "d" / "good.mp4", frames=40, fps=30, size=(128, 72))
+    captioned(tmp_path / "d" / "short.mp4", frames=14)
+    captioned(tmp_path / "d" / "tiny.mp4", frames=40, size=(48, 48))
+    source = entry(
+        tmp_path / "d", crop=False, resolution=64, minimum_image_size=64, maximum_image_size=64,
+        target_downsample_size=64, resolution_type="pixel_area", caption_strategy="textfile",
+        metadata_backend="discovery", repeats=0, video={"num_frames": 15, "min_frames": 15},
+    )  # fmt: skip
+    result = scan(source, make_config(tmp_path))
+    assert result.buckets == {"80x48x13": 1}  # 15 -> 13 of 4n + 1; 64 * sqrt(1.78) = 85.3 -> 80, 47.97 -> 48
+    assert result.counts == {"usable": 1, "too short": 1, "too small": 1}
+
+
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "good.mp4")
+    captioned(tmp_path / "locked.mp4")
+    genuine = av.open
+
+    def guarded(name: str, *rest: Any, **options: Any) -> Any:
+        if name.endswith("locked.mp4"):  # chmod does not stop root, as whom tests may run
+            raise PermissionError(13, "Permission denied", name)
+        return genuine(name, *rest, **options)
+
+    monkeypatch.setattr(av, "open", guarded)
+    result = look(entry(tmp_path), config)
+    (bad,) = result.rejected
+    assert (bad.path.name, bad.kind, bad.damaged) == ("locked.mp4", CANNOT_READ, False)
+    assert "Permission denied" in bad.reason and bad.fix
+
+
+def test_a_folder_that_vanishes_is_listed(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "good.mp4")
+    captioned(tmp_path / "sub" / "gone.mp4")
+    genuine = os.scandir
+
+    def vanishing(place: Any) -> Any:
+        if isinstance(place, Path) and place.name == "sub":
+            shutil.rmtree(place)
+        return genuine(place)
+
+    monkeypatch.setattr(os, "scandir", vanishing)
+    result = look(entry(tmp_path), config)
+    assert len(result.usable) == 1
+    (bad,) = result.rejected
+    assert (bad.path.name, bad.kind) == ("sub", CANNOT_READ) and "No such file" in bad.reason
+
+
+def test_a_file_that_vanishes_is_listed(tmp_path: Path, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioned(tmp_path / "good.mp4")
+    captioned(tmp_path / "gone.mp4")
+    genuine = list_files
+
+    def listing(*arguments: Any) -> Any:
+        found = genuine(*arguments)
+        (tmp_path / "gone.mp4").unlink()
+        return found
+
+    monkeypatch.setattr("simpletuner_dmd.data.sources.listing.list_files", listing)
+    result = look(entry(tmp_path), config)
+    assert [(bad.path.name, bad.kind) for bad in result.rejected] == [("gone.mp4", CANNOT_READ)]
+
+
+def test_names_of_any_script_and_of_the_longest_length(tmp_path: Path, config: TrainConfig) -> None:
+    names = ["a" * 251, "日本語のファイル", "emoji 🎬 and spaces", "quote'\"percent%20#?&", "combining e\u0301"]
+    for name in names:
+        captioned(tmp_path / f"{name}.mp4", caption=name)
+    result = scan(entry(tmp_path), config)
+    assert {sample.captions[0] for sample in result.usable} == set(names) and not result.rejected
+
+
+def test_links_that_lead_round_in_circles(tmp_path: Path, config: TrainConfig) -> None:
+    captioned(tmp_path / "good.mp4")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "one").symlink_to(tmp_path / "two")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    result = look(entry(tmp_path), config)
+    assert len(result.usable) == 1
+    assert sorted((bad.path.name, bad.kind) for bad in result.rejected) == [
+        (name, CANNOT_READ) for name in ("one", "self", "two")
+    ]
+
+
+def test_counts_name_every_kind(tmp_path: Path, config: TrainConfig) -> None:
+    folder = messy(tmp_path / "data")
+    captioned(folder / "long.mp4", frames=40)
+    write_video(folder / "silent2.mp4")
+    source = entry(folder, minimum_image_size=32, video={"num_frames": 9, "max_frames": 30})
+    result = look(source, config)
+    assert result.counts == {
+        "usable": 2,
+        "too short": 1,
+        "wrong frame count": 1,
+        "too small": 1,
+        "no caption": 3,
+        "cannot decode": 2,
+        "wrong kind of file": 2,
+        "cannot read": 1,
+    }
+    assert len(result.usable) + len(result.rejected) == sum(result.counts.values())
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_dataset_of_pictures(tmp_path: Path, config: TrainConfig) -> None:
+    for name, size in (("a.png", (64, 64)), ("b.jpg", (128, 64)), ("small.png", (8, 8))):
+        Image.new("RGB", size, (90, 90, 90)).save(tmp_path / name)
+        (tmp_path / name).with_suffix(".txt").write_text(name)
+    captioned(tmp_path / "clip.mp4")
+    source = entry(tmp_path, dataset_type="image", minimum_image_size=32)
+    result = scan(source, config)
+    assert result.buckets == {"64x64x1": 1, "96x48x1": 1}
+    assert {bad.path.name: bad.kind for bad in result.rejected} == {
+        "small.png": "too small",
+        "clip.mp4": "wrong kind of file",
+    }
+    assert not result.notices or all("rounded" not in notice for notice in result.notices)
+
+
+def test_videos_and_pictures_may_share_a_folder(tmp_path: Path, config: TrainConfig) -> None:
+    captioned(tmp_path / "clip.mp4")
+    captioned(tmp_path / "cut.mp4", frames=40).write_bytes(b"\0\0\0\x18ftypmp42")
+    Image.new("RGB", (64, 64)).save(tmp_path / "picture.png")
+    (tmp_path / "picture.txt").write_text("black")
+    for kind in ("video", "image"):
+        (sample,) = scan(entry(tmp_path, dataset_type=kind), config, quarantine=True).usable
+        assert sample.path.name == {"video": "clip.mp4", "image": "picture.png"}[kind]
+    assert {path.name for path in (tmp_path / "rejected").iterdir()} == {"cut.mp4", "cut.mp4.reason.txt"}
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
@@ -174,12 +318,14 @@ def test_prompt_files(tmp_path: Path, config: TrainConfig) -> None:
     (folder / "a.txt").write_text("one\n\n  two  \n")
     (folder / "b.jsonl").write_text('{"caption": "three"}\n{"prompt": "four\u2028five"}\n{"text": 1}\n{oops\n')
     (folder / "c.csv").write_text("x")
+    (folder / "d.md").write_text("x")
     result = scan(prompts_entry(folder), config)
     assert [sample.captions[0] for sample in result.usable] == ["one", "two", "three", "four\u2028five"]
     assert [item.reason.split(" at ")[0] for item in result.rejected] == [
-        'line 3 has no "caption" or "prompt" text',
         "line 4 is not JSON: Expecting property name enclosed in double quotes",
-        "not a prompt file: .txt and .jsonl are read",
+        'line 3 has no "caption" or "prompt" or "text" text',
+        "it holds no prompt",
+        "not a prompt file: .txt, .jsonl, .json, .csv, .tsv, .parquet are read",
     ]
     assert result.buckets == {"64x32x9": 4}
 
@@ -193,3 +339,27 @@ def test_a_prompt_file_may_be_named_itself(tmp_path: Path, config: TrainConfig) 
     (tmp_path / "p.txt").write_text("\n\n")
     with pytest.raises(UserError, match="holds no prompt"):
         scan(prompts_entry(tmp_path / "p.txt"), config)
+
+
+def test_prompts_of_tables(tmp_path: Path, config: TrainConfig) -> None:
+    (tmp_path / "p.csv").write_text('prompt,extra\n"one, two",x\n,y\nthree,z\n')
+    result = scan(prompts_entry(tmp_path / "p.csv"), config)
+    assert [sample.captions for sample in result.usable] == [("one, two",), ("three",)]
+    assert result.counts == {"usable": 2, "bad row": 1}
+    named = prompts_entry(tmp_path / "p.csv", table={"caption_column": "extra"})
+    assert [sample.captions[0] for sample in scan(named, config).usable] == ["x", "y", "z"]
+    (tmp_path / "q.csv").write_text("words\nx\n")
+    with pytest.raises(UserError, match="no column of a usual name"):
+        scan(prompts_entry(tmp_path / "q.csv"), config)
+
+
+def test_the_prompts_that_come_with_the_tool(config: TrainConfig) -> None:
+    result = scan(prompts_entry(Path("builtin")), config)
+    prompts = [sample.captions[0] for sample in result.usable]
+    assert len(prompts) >= 300 and len(set(prompts)) == len(prompts) and not result.rejected
+    words = sorted(len(prompt.split()) for prompt in prompts)
+    assert words[0] <= 3 and words[-1] >= 60, "short ones and long ones"
+    starts = Counter(" ".join(prompt.split()[:2]) for prompt in prompts)
+    assert starts.most_common(1)[0][1] <= 10, "they do not all begin alike"
+    few = scan(prompts_entry(Path("builtin"), max_num_samples=16), config)
+    assert len(few.usable) == 16

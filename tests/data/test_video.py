@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from simpletuner_dmd.data.buckets import SizeRules, crop_plan
+from simpletuner_dmd.data.hdr import HLG, PQ, hlg_to_scene, pq_to_nits, to_sdr
+from simpletuner_dmd.data.pictures import probe_picture, read_picture
 from simpletuner_dmd.data.video import UnusableFile, check_reaches, probe, read_clip, write_mp4, write_poster
 from simpletuner_dmd.demo import shapes
 from tests.data.clips import levels_to_indices, write_video
@@ -74,6 +76,124 @@ def test_ten_bit_and_alpha(tmp_path: Path) -> None:
     assert levels_to_indices(read_clip(deep, num_frames=5, framerate=16)) == [0, 1, 2, 3, 4]
     clear = write_video(tmp_path / "clear.mkv", codec="ffv1", pixel_format="yuva420p")
     assert read_clip(clear, num_frames=5, framerate=16).shape == (5, 64, 64, 3)
+
+
+def test_what_is_transparent_is_black(tmp_path: Path) -> None:
+    picture = np.zeros((64, 64, 4), np.uint8)
+    picture[..., :3] = 200
+    picture[:32, :, 3] = 255
+    picture[32:, :, 3] = 128
+    path = tmp_path / "half.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "bgra"
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format="bgra")))
+        container.mux(stream.encode(None))
+    shown = read_clip(path, num_frames=1, framerate=16)[0]
+    assert (shown[:32] == 200).all() and (shown[32:] == round(200 * 128 / 255)).all()
+
+
+@pytest.mark.parametrize("transfer", [PQ, HLG])
+def test_wide_range_is_shown_as_a_screen_shows_it(tmp_path: Path, transfer: int) -> None:
+    """Levels of grey in a file that says PQ or HLG, against the curve applied by hand."""
+    levels = [200, 400, 600, 800]  # of 1023
+    path = tmp_path / "hdr.mkv"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=16)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "gbrp10le"
+        context = stream.codec_context
+        context.color_primaries, context.color_trc, context.colorspace, context.color_range = 9, transfer, 0, 2
+        for level in levels:
+            plane = np.full((64, 64, 3), round(level / 1023 * 65535), np.uint16)
+            frame = av.VideoFrame.from_ndarray(plane, format="rgb48le").reformat(format="gbrp10le")
+            frame.color_trc, frame.color_primaries = transfer, 9
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    shown = read_clip(path, num_frames=4, framerate=16)
+    for level, frame in zip(levels, shown, strict=True):
+        code = np.full((1, 1, 3), round(level / 1023 * 65535), np.uint16)
+        assert np.abs(frame.astype(int) - to_sdr(code, transfer)[0, 0].astype(int)).max() <= 1
+
+
+def test_the_curves_of_wide_range() -> None:
+    # ST 2084 and BT.2100, tables of their annexes: 100 cd/m² is code .508, 203 is .581, 1000 is .752, 10000 is 1.
+    codes = np.array([0.5081, 0.5806, 0.7518, 1.0])
+    assert pq_to_nits(codes) == pytest.approx([100, 203, 1000, 10000], rel=2e-3)
+    assert hlg_to_scene(np.array([0.0, 0.5, 1.0])) == pytest.approx([0, 1 / 12, 1], abs=1e-6)
+
+    def grey(code: float, transfer: int) -> np.ndarray:
+        return to_sdr(np.full((1, 1, 3), round(code * 65535), np.uint16), transfer)[0, 0]
+
+    # Below the knee light is only re-encoded: 26 cd/m² is .1281 of white, shown at its 2.4th root.
+    code = float(np.interp(26, pq_to_nits(np.linspace(0, 1, 65536)), np.linspace(0, 1, 65536)))
+    assert grey(code, PQ) == pytest.approx([255 * (26 / 203) ** (1 / 2.4)] * 3, abs=1)
+    # HLG's own diffuse white is 75% code, PQ's 58%: both are the same light here.
+    assert np.abs(grey(0.75, HLG).astype(int) - grey(0.5806, PQ)).max() <= 2
+    brighter = [int(grey(code, PQ)[0]) for code in np.linspace(0, 1, 60)]
+    assert brighter == sorted(brighter)
+    # 1000 cd/m²: 4.926 of white is 14.09 knees above the knee, so .7 + .3 * 14.09 / 15.09 = .980 of white.
+    assert grey(0.7518, PQ) == pytest.approx([255 * 0.980 ** (1 / 2.4)] * 3, abs=1)
+
+
+def test_a_wide_colour_keeps_its_hue() -> None:
+    red = np.zeros((1, 1, 3), np.uint16)
+    red[..., 0] = round(0.65 * 65535)
+    shown = to_sdr(red, PQ)[0, 0]
+    assert shown[0] > 200 and shown[1] == 0 and shown[2] == 0
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_videos_of_one_frame(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert probe_picture(tmp_path / "a.png") == (60, 40)
+    assert np.array_equal(read_clip(tmp_path / "a.png", num_frames=1, framerate=16), pixels[None])
+    plan = crop_plan(60, 40, SizeRules(32.0), "x")
+    cut = read_clip(tmp_path / "a.png", num_frames=1, framerate=16, crop=plan)[0]
+    whole = Image.fromarray(pixels).resize((plan.resize_width, plan.resize_height), Image.Resampling.BICUBIC)
+    expected = np.asarray(whole)[plan.top : plan.top + plan.height, plan.left : plan.left + plan.width]
+    assert np.array_equal(cut, expected)
+
+
+def test_pictures_of_every_kind(tmp_path: Path) -> None:
+    clear = np.full((8, 8, 4), 200, np.uint8)
+    clear[:4, :, 3], clear[4:, :, 3] = 255, 0
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    shown = read_picture(tmp_path / "clear.png")[0]
+    assert (shown[:4] == 200).all() and (shown[4:] == 0).all()
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(tmp_path / "deep.png")
+    assert (read_picture(tmp_path / "deep.png") == round(40000 / 257)).all()
+    sideways = Image.fromarray(np.concatenate([np.zeros((8, 8, 3), np.uint8), np.full((8, 24, 3), 255, np.uint8)], 1))
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # turned a quarter clockwise to be shown, so the dark left side is on top
+    sideways.save(tmp_path / "sideways.png", exif=exif)
+    assert probe_picture(tmp_path / "sideways.png") == (8, 32)
+    turned = read_picture(tmp_path / "sideways.png")[0]
+    assert turned.shape == (32, 8, 3) and turned[:8].max() == 0 and turned[8:].min() == 255
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.png", b"", "empty (0 bytes)"),
+        ("text.png", b"hello", "not a picture: it is text"),
+        ("head.png", b"\x89PNG\r\n\x1a\nnothing", "cannot be decoded"),
+        ("cut.jpg", None, "cut off or damaged"),
+        ("moving.gif", b"GIF89a", "not a picture: it is a GIF video"),
+    ],
+)
+def test_unusable_pictures_say_why(tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    path = tmp_path / name
+    if content is None:
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        content = path.read_bytes()[:900]
+    path.write_bytes(content)
+    with pytest.raises(UnusableFile) as caught:
+        probe_picture(path)
+    assert words in caught.value.reason
 
 
 @pytest.mark.parametrize("set_rotation", [90, 180, 270])

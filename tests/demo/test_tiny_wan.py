@@ -16,9 +16,9 @@ from simpletuner_dmd.demo.train_vae import clips_to_pixels
 from simpletuner_dmd.flow import TextEmbedding, euler_sigmas, sample_euler
 from simpletuner_dmd.randomness import generator
 from simpletuner_dmd.validation.render import to_frames
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import ModelSource, load_transformer
-from simpletuner_dmd.wan.roles import WanDenoiser
 
 CPU = torch.device("cpu")
 SOURCE = ModelSource(*[str(model_path())] * 4)

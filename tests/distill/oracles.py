@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import Batch, Denoiser, TextEmbedding
+from simpletuner_dmd.flow import Batch, Denoiser, Routing, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream, generator
 
 CPU = torch.device("cpu")
@@ -63,9 +63,11 @@ class Spy:
     inner: Denoiser
     calls: list[Call] = field(default_factory=list)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         said = number_said(text)
-        self.calls.append(Call(sigma, said, x_t_BCFHW.detach(), torch.is_grad_enabled(), routed))
+        self.calls.append(Call(sigma, said, x_t_BCFHW.detach(), torch.is_grad_enabled(), routed is not None))
         return self.inner.velocity(x_t_BCFHW, sigma, text, routed=routed)
 
 
@@ -93,7 +95,9 @@ class GaussianTeacher:
         negative = self.mean_prompt if self.mean_negative is None else self.mean_negative
         return negative + number_said(text)[:, None] * (self.mean_prompt - negative)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return gaussian_velocity(x_t_BCFHW, sigma, self.mean_of(text), self.covariance)
 
 
@@ -111,7 +115,9 @@ class AffineStudent(nn.Module):
         assert float(distance.min()) < 1e-6, f"sigma {float(sigma[0])} is not on the ladder"
         return int(distance.argmin())
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         rung = self.rung_of(sigma)
         x0 = torch.einsum("ij,bjfhw->bifhw", self.matrix[rung], x_t_BCFHW) + self.offset[rung, :, None, None, None]
         return (x_t_BCFHW - x0) / sigma[:, None, None, None, None]
@@ -123,7 +129,9 @@ class OracleCritic:
 
     student: AffineStudent
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         matrix, offset = self.student.matrix[0].detach(), self.student.offset[0].detach()
         return gaussian_velocity(x_t_BCFHW, sigma, offset, matrix @ matrix.T)
 
@@ -136,7 +144,9 @@ class AffineCritic(nn.Module):
         self.gain = nn.Parameter(torch.zeros(knots, channels))
         self.offset = nn.Parameter(torch.zeros(knots, channels))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         place = sigma * (len(self.gain) - 1)
         below = place.long().clamp(max=len(self.gain) - 2)
         share = (place - below)[:, None]
@@ -153,7 +163,9 @@ class Mixture:
     means: Tensor
     variances: Tensor
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         x, s = x_t_BCFHW[..., None], sigma[:, None, None, None, None, None]
         marginal = (1 - s) ** 2 * self.variances + s**2
         centred = x - (1 - s) * self.means
@@ -169,5 +181,7 @@ class Particles(nn.Module):
         super().__init__()
         self.samples = nn.Parameter(samples)
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         return x_t_BCFHW - self.samples

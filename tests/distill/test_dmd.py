@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.losses import matching_direction, matching_loss, velocity_loss
 from simpletuner_dmd.distill.rollout import RolloutSettings
-from simpletuner_dmd.flow import Schedule, TextEmbedding, add_noise, guided_velocity, unshifted
+from simpletuner_dmd.flow import Routing, Schedule, TextEmbedding, add_noise, guided_velocity, unshifted
 from simpletuner_dmd.randomness import RandomStream
 
 from .oracles import (
@@ -39,7 +39,9 @@ class LearnedVelocity(nn.Module):
         super().__init__()
         self.weights = nn.Parameter(torch.randn(3, generator=torch.Generator().manual_seed(seed)))
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         said = text.rows_BLD[:, 0, 0].reshape(-1, 1, 1, 1, 1)
         return self.weights[0] * x_t_BCFHW + self.weights[1] + self.weights[2] * said
 
@@ -230,6 +232,40 @@ def test_scores_are_drawn_below_the_exit_of_their_own_step() -> None:
         sigma = teacher.calls[-1].sigma
         assert float(sigma.min()) >= max(0.02, (*LADDER, 0.0)[exit_at + 1]) - 1e-6
         assert float(sigma.max()) <= min(0.98, LADDER[exit_at]) + 1e-6
+
+
+def test_what_is_logged_tells_matching_from_guidance() -> None:
+    """Against the formula, from the velocities the roles were seen to give: no forward is added for it."""
+    method, teacher, _, critic, networks = learned(make_settings(real_score_guidance_scale=4.0))
+    batch = make_batch(4, SHAPE)
+    (loss,) = method.student_losses(batch, RandomStream(0, 3, batch.positions))
+    assert (len(teacher.calls), len(critic.calls)) == (2, 1)
+    call = teacher.calls[0]
+    s = call.sigma.reshape(-1, 1, 1, 1, 1)
+    with torch.no_grad():
+        x0_c, x0_u, x0_f = (
+            call.x_t - s * network.velocity(call.x_t, call.sigma, text_of(said, 4))
+            for network, said in ((networks[0], 1.0), (networks[0], 0.0), (networks[2], 1.0))
+        )
+        x0 = method._roll_out(batch, RandomStream(0, 3, batch.positions), with_grad=False).x0
+        normaliser = (x0 - x0_u - 4 * (x0_c - x0_u)).abs().flatten(1).mean(1).reshape(-1, 1, 1, 1, 1)
+        parts = [(x0_f - x0_c) / normaliser, -3 * (x0_c - x0_u) / normaliser]
+        matching, guidance = (float(part.pow(2).mean().sqrt()) for part in parts)
+        whole = float(sum(parts).pow(2).mean().sqrt())
+    assert loss.metrics["dmd_matching_rms"] == pytest.approx(matching, rel=1e-4)
+    assert loss.metrics["dmd_guidance_rms"] == pytest.approx(guidance, rel=1e-4)
+    assert loss.metrics["dmd_guidance_share"] == pytest.approx(guidance / (guidance + matching), rel=1e-4)
+    assert loss.metrics["dmd_direction_rms"] == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(("guidance", "share"), [(1.0, 0.0), (3.0, 1.0)])
+def test_a_critic_at_the_teacher_leaves_guidance_alone(guidance: float, share: float) -> None:
+    network, student = LearnedVelocity(0), LearnedVelocity(1)
+    method = DMD(network, student, network, make_settings(real_score_guidance_scale=guidance), CPU)
+    batch = make_batch(4, SHAPE)
+    (loss,) = method.student_losses(batch, RandomStream(0, 3, batch.positions))
+    assert loss.metrics["dmd_matching_rms"] == 0.0
+    assert loss.metrics["dmd_guidance_share"] == share
 
 
 # --- the critic's turn ------------------------------------------------------------------------------------------------

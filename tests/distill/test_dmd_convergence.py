@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
-from simpletuner_dmd.flow import Denoiser, Schedule, TextEmbedding
+from simpletuner_dmd.flow import Denoiser, Routing, Schedule, TextEmbedding
 
 from .oracles import (
     CPU,
@@ -108,7 +108,9 @@ class KernelCritic:
     def __init__(self, student: Particles) -> None:
         self.student = student
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         particles = self.student.samples.detach().flatten()
         s = sigma[:, None, None, None, None, None]
         centred = x_t_BCFHW[..., None] - (1 - s) * particles
@@ -173,7 +175,9 @@ class PointMass(nn.Module):
         super().__init__()
         self.mean, self.far = nn.Parameter(torch.tensor([mean])), torch.tensor([far])
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         point = torch.cat([self.mean, self.far])[None, :, None, None, None]
         return (x_t_BCFHW - point) / sigma[:, None, None, None, None]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.rollout import RolloutSettings, exit_rung, roll_out
-from simpletuner_dmd.flow import Schedule, TextEmbedding, add_noise, sample_few_step
+from simpletuner_dmd.flow import Routing, Schedule, TextEmbedding, add_noise, sample_few_step
 from simpletuner_dmd.randomness import RandomStream
 
 from .oracles import CPU, FastStream, GaussianTeacher, Spy, make_batch, text_of
@@ -140,7 +140,9 @@ class FlowMap:
 
     to_next_rung: bool
 
-    def velocity(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: bool = False) -> Tensor:
+    def velocity(
+        self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, routed: Routing | None = None
+    ) -> Tensor:
         s = float(sigma[0])
         to = SCHEDULE.next_sigma([round(rung, 5) for rung in LADDER].index(round(s, 5))) if self.to_next_rung else 0.0
         mean = MEAN[:, None, None, None]

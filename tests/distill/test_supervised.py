@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings
+from simpletuner_dmd.distill.noise_levels import Beta, Listed, LogitNormal, NoiseLevels, Uniform
+from simpletuner_dmd.distill.supervised import Supervised, SupervisedSettings, noise_levels
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.flow import add_noise
 from simpletuner_dmd.randomness import RandomStream
@@ -24,24 +25,59 @@ def latents(count: int) -> Tensor:
     return MEAN[:, None, None, None] + COVARIANCE.diagonal().sqrt()[:, None, None, None] * noise
 
 
-@pytest.mark.parametrize("shift", [None, 1.0, 5.0])
-def test_sigmas_are_logit_normal_then_shifted(shift: float | None) -> None:
-    settings = SupervisedSettings(shift)
-    method = Supervised(GaussianTeacher(MEAN, COVARIANCE), settings, CPU)
-    sigma = method.draw_sigma(FastStream(0, 0, tuple(range(10_000))))
-    assert sigma.dtype == torch.float32
-    assert sigma.shape == (10_000,)
-    k = 1.0 if shift is None else shift
-    u = sigma.double() / (k - (k - 1) * sigma.double())
-    normal = torch.logit(u).sort().values
-    expected = 0.5 * (1 + torch.erf(normal / math.sqrt(2)))
-    empirical = torch.arange(1, 10_001, dtype=torch.float64) / 10_000
-    assert float((expected - empirical).abs().max()) < 1.95 / 100
+def test_the_levels_are_those_of_the_settings() -> None:
+    spy = Spy(GaussianTeacher(MEAN, COVARIANCE))
+    levels = NoiseLevels(Listed((0.25, 0.5)))
+    method = Supervised(spy, SupervisedSettings(levels), CPU)
+    batch = make_batch(4, SHAPE, latents(4))
+    stream = RandomStream(0, 9, batch.positions)
+    list(method.losses(batch, stream))
+    assert torch.equal(spy.calls[0].sigma, levels.sigma(stream, SHAPE))
+
+
+OPTIONS = {
+    "flow_schedule_shift": None,
+    "flow_schedule_auto_shift": False,
+    "flow_sigmoid_scale": 1.0,
+    "flow_use_uniform_schedule": False,
+    "flow_use_beta_schedule": False,
+    "flow_beta_schedule_alpha": 2.0,
+    "flow_beta_schedule_beta": 2.0,
+    "flow_custom_timesteps": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, NoiseLevels(LogitNormal(0.0, 1.0))),
+        ({"flow_sigmoid_scale": 1.5, "flow_schedule_shift": 3.0}, NoiseLevels(LogitNormal(0.0, 1.5), 3.0)),
+        ({"flow_use_uniform_schedule": True, "flow_schedule_auto_shift": True}, NoiseLevels(Uniform(), None, True)),
+        (
+            {"flow_use_beta_schedule": True, "flow_beta_schedule_alpha": 3.0, "flow_beta_schedule_beta": 1.5},
+            NoiseLevels(Beta(3.0, 1.5)),
+        ),
+        ({"flow_custom_timesteps": (1000.0, 250.0, 0.5, 1.0)}, NoiseLevels(Listed((1.0, 0.25, 0.5, 1.0)))),
+    ],
+)
+def test_options_name_the_draw_and_the_shift(changes: dict[str, object], expected: NoiseLevels) -> None:
+    options = SimpleNamespace(**{**OPTIONS, **changes})
+    assert noise_levels(options) == expected
+
+
+def test_one_update_is_one_forward() -> None:
+    spy = Spy(GaussianTeacher(MEAN, COVARIANCE))
+    method = Supervised(spy, SupervisedSettings(), CPU)
+    batch = make_batch(4, SHAPE, latents(4))
+    for turn in method.turns(0):
+        list(turn.losses(batch, RandomStream(0, 0, batch.positions)))
+    method.end_step()
+    assert [call.with_grad for call in spy.calls] == [True]
 
 
 def test_the_loss_is_the_error_of_the_velocity_at_the_drawn_point() -> None:
     spy = Spy(GaussianTeacher(MEAN, COVARIANCE))
-    method = Supervised(spy, SupervisedSettings(shift=3.0), CPU)
+    method = Supervised(spy, SupervisedSettings(NoiseLevels(shift=3.0)), CPU)
     batch = make_batch(4, SHAPE, latents(4))
     stream = RandomStream(0, 9, batch.positions)
     (loss,) = method.losses(batch, stream)

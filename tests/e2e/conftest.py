@@ -44,8 +44,10 @@ def make_project(tmp_path: Path, small_wan: Path) -> ProjectMaker:
         merged = {**SMALL_DMD, "pretrained_model_name_or_path": str(small_wan), **options}
         if merged.get("distillation_method") is None:
             merged.pop("distillation_config", None)
-        else:
+        elif merged["distillation_method"] in ("dmd", "rcm"):
             merged["distillation_config"] = {**SMALL_DMD["distillation_config"], **(distillation or {})}
+        else:
+            merged["distillation_config"] = distillation or {}
         project = Project(tmp_path / name)
         project.write({key: value for key, value in merged.items() if value is not None}, datasets)
         return project

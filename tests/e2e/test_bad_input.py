@@ -86,7 +86,7 @@ def test_all_mistakes_at_once(make_project: ProjectMaker, capsys: Capture) -> No
         ({"mixed_precision": "fp8"}, ("mixed_precision", "fp8", "bf16")),
         ({"optimizer": "adamw"}, ("optimizer", "adamw_bf16")),
         ({"lr_scheduler": "cosin"}, ("lr_scheduler", "cosin", "cosine")),
-        ({"distillation_method": "lcm"}, ("distillation_method", "lcm", "dmd")),
+        ({"distillation_method": "ldm"}, ("distillation_method", "ldm", "dmd")),
         ({"lora_dropout": 0.1}, ("lora_dropout",)),
         ({"distillation": {"critic_warmup_steps": 6}}, ("critic_warmup_steps", "6")),
     ],

@@ -23,9 +23,9 @@ from simpletuner_dmd.flow import (
     uniform_ladder,
 )
 from simpletuner_dmd.randomness import generator
+from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder
 from simpletuner_dmd.wan.loading import ModelSource, load_transformer
-from simpletuner_dmd.wan.roles import WanDenoiser
 
 CPU = torch.device("cpu")
 COUNT = 192

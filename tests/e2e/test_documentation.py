@@ -86,6 +86,8 @@ def test_the_quick_start_from_copying_to_sampling(tmp_path: Path, monkeypatch: p
     assert main(["train", "--env", "my-run", *QUICK]) == 0
     run = Path(load(env="my-run").config.output_dir)
     assert (run / "report" / "index.html").is_file()
+    (dataset,) = json.loads((run / "data_plan.json").read_text(encoding="utf-8"))["datasets"]
+    assert dataset["counts"]["usable"] > 0 and dataset["buckets"]
     assert main(["sample", str(run), "--prompt", "a yellow circle moves up", "--seed", "7"]) == 0
     assert len(list((run / "samples").rglob("*.mp4"))) == 1
     assert main(["export", str(run), "--raw"]) == 0
@@ -103,3 +105,16 @@ def test_the_prompts_dataset_of_the_quick_start_is_read(tmp_path: Path) -> None:
     loaded = load(config=str(tmp_path / "config.json"), cwd=tmp_path, environ={})
     assert loaded.datasets[0].dataset_type == "prompts"
     assert loaded.datasets[0].size == (832, 480)
+
+
+def test_the_dataset_files_of_the_documents_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from simpletuner_dmd.config.datasets import read_entries
+
+    for name in ("FILMS_KEY", "FILMS_SECRET"):
+        monkeypatch.setenv(name, "x")
+    text = (ROOT / "documentation" / "DATALOADER.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) if block.lstrip()[0] in "[{"]
+    assert len(blocks) == 2
+    for block in blocks:
+        found = read_entries(json.loads(block), "DATALOADER.md")
+        assert found.problems == [] and found.entries

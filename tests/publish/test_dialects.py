@@ -73,7 +73,13 @@ def test_no_alpha_tensor_is_written(lora):
 
 def test_what_no_reader_would_apply_is_refused(lora):
     with pytest.raises(ValueError, match="not a LoRA factor"):
-        to_diffusers({**lora, "proj_out.lora_magnitude_vector": torch.ones(1)}, rank=RANK, alpha=ALPHA)
+        to_diffusers({**lora, "proj_out.lora_B.bias": torch.ones(1)}, rank=RANK, alpha=ALPHA)
+    magnitude = {"proj_out.lora_magnitude_vector.weight": torch.ones(1)}
+    assert "transformer.proj_out.lora_magnitude_vector" in to_diffusers({**lora, **magnitude}, rank=RANK, alpha=ALPHA)
+    with pytest.raises(ValueError, match="not a LoRA factor"):
+        to_comfyui({**lora, **magnitude}, rank=RANK, alpha=ALPHA)
+    with pytest.raises(ValueError, match="missing"):
+        to_diffusers(magnitude, rank=RANK, alpha=ALPHA)
     with pytest.raises(ValueError, match="missing"):
         to_diffusers({k: v for k, v in lora.items() if k != "proj_out.lora_B.weight"}, rank=RANK, alpha=ALPHA)
     with pytest.raises(ValueError, match="no counterpart"):

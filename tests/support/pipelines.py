@@ -31,10 +31,10 @@ def build_small_transformer(seed: int = 0, layers: int = 2) -> WanTransformer3DM
     )
 
 
-def save_small_pipeline(folder: Path, seed: int = 0) -> Path:
+def save_small_pipeline(folder: Path, seed: int = 0, layers: int = 2) -> Path:
     """A folder that `WanPipeline.from_pretrained` opens: 8x in space, 4x in time, 16 latent channels."""
     save_text_parts(folder, seed)
-    build_small_transformer(seed).save_pretrained(folder / "transformer")
+    build_small_transformer(seed, layers).save_pretrained(folder / "transformer")
     torch.manual_seed(seed)
     build_vae().save_pretrained(folder / "vae")
     save_index(folder)

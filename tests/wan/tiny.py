@@ -1,4 +1,4 @@
-"""A Wan of two layers with random weights: the stock class, small enough for a test."""
+"""A Wan of few layers with random weights: the stock class, small enough for a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = (CHANNELS, 2, 4, 6)
 LORA = AdapterSpec(rank=4, alpha=8.0)
 
 
-def tiny_wan(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def tiny_wan(seed: int = 0, dtype: torch.dtype = torch.float32, layers: int = 2) -> nn.Module:
     """The same weights for the same seed, whatever was drawn before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -28,7 +28,7 @@ def tiny_wan(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
             text_dim=TEXT_WIDTH,
             freq_dim=32,
             ffn_dim=64,
-            num_layers=2,
+            num_layers=layers,
             rope_max_seq_len=32,
         )
         # Stock initialisation gates the blocks by almost nothing; a trained Wan does not.

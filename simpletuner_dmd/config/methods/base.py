@@ -78,6 +78,11 @@ class DistillationOptions(Options):
         raise NotImplementedError
 
     @property
+    def ladder_key(self) -> str:
+        """The option that describes the ladder, for a message about it."""
+        return "student_steps" if getattr(self, "student_steps", None) is not None else "dmd_denoising_steps"
+
+    @property
     def transition(self) -> str:
         """Between two rungs of the student's ladder: "sde" or "ode"."""
         return "sde"
@@ -85,6 +90,15 @@ class DistillationOptions(Options):
     @property
     def has_discriminator(self) -> bool:
         """A head on features is trained as a role of its own."""
+        return False
+
+    def feature_blocks(self, depth: int) -> tuple[int, ...]:
+        """Blocks (0-based) of a teacher of `depth` whose features that role judges."""
+        return ()
+
+    @property
+    def blockwise(self) -> bool:
+        """The student is causal: it makes a clip block by block."""
         return False
 
     @property
@@ -98,6 +112,11 @@ class DistillationOptions(Options):
         return False
 
     @property
+    def latents_are_for(self) -> tuple[str, str] | None:
+        """(the option that asks for data latents, what to set to do without); None where the method itself does."""
+        return None
+
+    @property
     def student_interval(self) -> int:
         """The student is updated at every so many steps."""
         return 1
@@ -107,15 +126,23 @@ class DistillationOptions(Options):
         """Keys that rule block-wise students, given to a method whose student is none."""
         return []
 
+    def depth_problems(self, depth: int, place: str) -> list[Problem]:
+        """Blocks that a model of `depth` blocks does not have; `place` is where they were written."""
+        return []
+
     def problems(self, config: TrainConfig) -> list[Problem]:
         """Combinations that cannot work. `file` is left empty: the loader knows which file each key came from."""
         found = []
         try:
             config.student_timesteps()
         except ValueError as error:
-            key = "student_steps" if getattr(self, "student_steps", None) is not None else "dmd_denoising_steps"
             found.append(
-                Problem("", WHERE + key, str(error), 'write the steps from noise to clean, for example "1000,757,522"')
+                Problem(
+                    "",
+                    WHERE + self.ladder_key,
+                    str(error),
+                    'write the steps from noise to clean, for example "1000,757,522"',
+                )
             )
         if config.lora_dropout:
             found.append(
@@ -136,7 +163,8 @@ class DistillationOptions(Options):
                 f"validation_num_inference_steps {config.validation_num_inference_steps}: the student is rendered with "
                 f"the {steps} steps of its own ladder instead."
             )
-        if steps and config.validation_guidance not in (0.0, 1.0):
+        built_in = self.real_score_guidance_scale not in (0.0, 1.0)
+        if steps and built_in and config.validation_guidance not in (0.0, 1.0):
             found.append(
                 f"validation_guidance {config.validation_guidance:g} doubles the student's cost and saturates: the "
                 f"teacher's guidance {self.real_score_guidance_scale:g} is built into a distilled student; 1 is usual."
@@ -144,7 +172,10 @@ class DistillationOptions(Options):
         return found
 
 
-def _ladder(value: Any) -> list[float]:
+def steps_list(value: Any) -> list[float] | None:
+    """Timesteps as people write them; None stays None."""
+    if value is None:
+        return None
     steps: list[float] = numbers(value)
     if len(steps) > 1 and steps[-1] == 0:
         steps = steps[:-1]  # SimpleTuner's files may end with the 0 that sampling always ends with
@@ -154,7 +185,7 @@ def _ladder(value: Any) -> list[float]:
 class LadderOptions(DistillationOptions):
     """The student's few steps, written out or counted."""
 
-    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(_ladder)] = Field(
+    dmd_denoising_steps: Annotated[tuple[float, ...], BeforeValidator(steps_list)] = Field(
         (1000.0, 757.0, 522.0),
         description="The student's steps, as timesteps on the shifted scale, used literally.",
     )

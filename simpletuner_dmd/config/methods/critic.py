@@ -78,6 +78,10 @@ class CriticOptions(LadderOptions):
         given = super().complete(given, outside)
         if outside.get("model_type") == "full" and outside.get("base_model_precision") == "no_change":
             given.setdefault("fake_score_type", "full")
+        lycoris = outside.get("lycoris_config")
+        if lycoris is not None and "fake_score_lora_rank" not in given:
+            rank = given["fake_score_lora_rank"] = min(lycoris.linear_dim, 4096)
+            given.setdefault("fake_score_lora_alpha", lycoris.linear_alpha * rank / lycoris.linear_dim)
         if "lora_rank" in outside:
             given.setdefault("fake_score_lora_rank", outside["lora_rank"])
         given.setdefault("fake_score_lora_alpha", given.get("fake_score_lora_rank", 16))
@@ -131,10 +135,11 @@ class CriticOptions(LadderOptions):
             )
         if self.ts_schedule and self.min_score_timestep:
             found.append("min_score_timestep has no effect: ts_schedule sets the lower end of the noise levels.")
+        rank = config.lycoris_config.linear_dim if config.lycoris_config is not None else config.lora_rank
         if self.fake_score_type == "lora" and config.model_type == "lora" \
-                and self.fake_score_lora_rank < config.lora_rank:  # fmt: skip
+                and self.fake_score_lora_rank < min(rank, 4096):  # fmt: skip
             found.append(
-                f"the critic's rank {self.fake_score_lora_rank} is below the student's {config.lora_rank}: "
+                f"the critic's rank {self.fake_score_lora_rank} is below the student's {rank}: "
                 "the critic may not be able to follow the student."
             )
         return found
