@@ -39,8 +39,8 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
 from simpletuner_dmd.demo import measures, shapes
 from simpletuner_dmd.distill.method import Method
+from simpletuner_dmd.durable import write_json, write_text, write_through
 from simpletuner_dmd.flow import Denoiser, TextEmbedding, euler_sigmas, sample_euler
-from simpletuner_dmd.publish.files import write_atomically, write_json
 from simpletuner_dmd.randomness import RandomStream, derive_seed, generator
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.roles import Roles
@@ -201,7 +201,7 @@ class World:
                     guidance,
                 )
             )  # fmt: skip
-            write_atomically(kept, lambda path: save_file({"latents": latents}, path))
+            write_through(kept, lambda path: save_file({"latents": latents}, path))
         return load_file(kept)["latents"]
 
 
@@ -374,7 +374,7 @@ def main() -> None:
         if kept.is_file():
             rows[name] = json.loads(kept.read_text(encoding="utf-8"))
     text = table(rows)
-    write_atomically(options.out / "table.md", lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    write_text(options.out / "table.md", text + "\n")
     print(f"\n{text}")
 
 

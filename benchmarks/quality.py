@@ -38,8 +38,8 @@ from torch import Tensor, nn
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.demo import measures, shapes
+from simpletuner_dmd.durable import write_json, write_through
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas, guidance_is_off, sample_euler, sample_few_step
-from simpletuner_dmd.publish.files import write_atomically, write_json
 from simpletuner_dmd.randomness import derive_seed, generator
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
@@ -217,7 +217,7 @@ def teacher_samples(bench: Bench, seed: int, first: int, count: int, steps: int)
         return sample_euler(bench.teacher, noise, text, bench.prompts.negative, sigmas, bench.guidance)
 
     latents = in_batches(count, first, sample)
-    write_atomically(kept, lambda path: save_file({"latents": latents.contiguous()}, path))
+    write_through(kept, lambda path: save_file({"latents": latents.contiguous()}, path))
     return latents
 
 

@@ -13,6 +13,7 @@ MOST_LINES = 520
 # A room may import rooms of the floors below, never of its own floor or above.
 FLOORS = [
     {"flow", "randomness", "config"},
+    {"durable"},
     {"data", "wan", "distill"},
     {"validation"},
     {"publish"},

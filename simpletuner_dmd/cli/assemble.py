@@ -17,7 +17,8 @@ from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
-from simpletuner_dmd.data.prepare import prepare
+from simpletuner_dmd.data.doctor import Vae
+from simpletuner_dmd.data.prepare import Caches, fill_caches, prepare
 from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
@@ -334,26 +335,49 @@ class Assembly:
         self.text_encoder.unload()
         return embeddings
 
-    def data(self, extra_prompts: list[str], *, progress: bool = True) -> PreparedData:
-        """Caches filled, batches planned. Encoders are loaded only if something is missing, and dropped afterwards."""
+    def data(self, extra_prompts: list[str], *, main: bool = True, progress: bool = True) -> PreparedData:
+        """Caches filled, batches planned. Encoders are loaded only if something is missing, and dropped afterwards.
+
+        Every process of the run may call this at once; they share the work. main: see `prepare`.
+        """
         config = self.config
+        limit = None if config.distillation_config is None else config.distillation.num_training_frames
         prepared = prepare(
-            [*self.loaded.datasets, self.loaded.text_embeds],
-            config,
-            encode_text=self.text_encoder,
-            encode_video=self.codec.encode if self.needs_latents else None,
-            text_fingerprint=self.text_encoder.fingerprint,
-            vae_fingerprint=self.codec.fingerprint,
-            latent_geometry=self.geometry,
-            needs_latents=self.needs_latents,
-            negative_prompt=self.negative_prompt,
-            extra_prompts=extra_prompts,
-            max_latent_frames=None if config.distillation_config is None else config.distillation.num_training_frames,
-            progress=progress,
+            **self._data_arguments(extra_prompts, self.needs_latents, main, progress), max_latent_frames=limit
         )
+        self._drop_encoders()
+        return prepared
+
+    def caches(self, extra_prompts: list[str], *, latents: bool, main: bool = True, progress: bool = True) -> Caches:
+        """Caches filled, and nothing else. latents: of every video dataset, whether a loss reads them or not."""
+        filled = fill_caches(**self._data_arguments(extra_prompts, latents, main, progress))
+        self._drop_encoders()
+        return filled
+
+    def _data_arguments(self, prompts: list[str], latents: bool, main: bool, progress: bool) -> dict[str, Any]:
+        codec = self.codec
+        statistics = codec.config
+        return {
+            "datasets": [*self.loaded.datasets, self.loaded.text_embeds],
+            "config": self.config,
+            "encode_text": self.text_encoder,
+            "encode_video": codec.encode if latents else None,
+            "text_fingerprint": self.text_encoder.fingerprint,
+            "vae_fingerprint": codec.fingerprint,
+            "latent_geometry": self.geometry,
+            "needs_latents": latents,
+            "negative_prompt": self.negative_prompt,
+            "extra_prompts": prompts,
+            "vae": Vae(
+                codec.fingerprint, codec.encode, codec.decode, statistics["latents_mean"], statistics["latents_std"]
+            ),
+            "main": main,
+            "progress": progress,
+        }
+
+    def _drop_encoders(self) -> None:
         self.text_encoder.unload()
         self.codec.unload()
-        return prepared
 
     # --- validation -------------------------------------------------------------------------------------------------
 

@@ -68,17 +68,17 @@ def run(args: argparse.Namespace) -> int:
 def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
     """What stands in the way of this run, and the scan of every dataset that can be reached."""
     from simpletuner_dmd.config import UserError
-    from simpletuner_dmd.data.scan import look
+    from simpletuner_dmd.data.prepare import look_at_dataset
 
     problems = [*model_problems(loaded), *output_problems(loaded)]
     scans: list[Any] = []
     for entry in loaded.datasets:
-        missing = folder_problem(entry)
+        missing = folder_problem(entry, loaded.config)
         if missing:
             problems.append(missing)
             continue
         try:
-            scans.append(look(entry, loaded.config, geometry=geometry_of(loaded)))
+            scans.append(look_at_dataset(entry, loaded.config, geometry_of(loaded)))
         except UserError as error:
             problems += error.problems
     return problems + [problem for scan in scans if (problem := nothing_usable(scan))], scans

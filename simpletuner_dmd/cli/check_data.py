@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from simpletuner_dmd.config import DatasetEntry, LoadedConfig, Problem
+    from simpletuner_dmd.config import DatasetEntry, LoadedConfig, Problem, TrainConfig
     from simpletuner_dmd.data.buckets import LatentGeometry
     from simpletuner_dmd.data.plan import DataPlan
     from simpletuner_dmd.data.scan import DatasetScan
@@ -36,12 +36,16 @@ def geometry_of(loaded: LoadedConfig) -> LatentGeometry:
     return LatentGeometry(channels=48, spatial=16) if is_5b else LatentGeometry()
 
 
-def folder_problem(entry: DatasetEntry) -> Problem | None:
-    """A dataset whose folder is missing or empty. Datasets from elsewhere are asked for when they are scanned."""
+def folder_problem(entry: DatasetEntry, config: TrainConfig) -> Problem | None:
+    """A dataset whose folder is missing or empty, and that no cache stands in for.
+
+    Datasets from elsewhere are asked for when they are scanned.
+    """
     from simpletuner_dmd.config import Problem
     from simpletuner_dmd.config.databackend import BUILTIN
+    from simpletuner_dmd.data.manifest import stands_in
 
-    if entry.type != "local" or entry.instance_data_dir in (None, BUILTIN):
+    if entry.type != "local" or entry.instance_data_dir in (None, BUILTIN) or stands_in(entry, config) is not None:
         return None
     folder = Path(entry.instance_data_dir)
     where = f'dataset "{entry.id}"'
@@ -67,7 +71,7 @@ def duplicates(scans: Sequence[DatasetScan]) -> list[list[str]]:
     for scan in scans:
         if scan.settings.kind == "prompts":
             continue
-        for path in {sample.path for sample in scan.usable}:
+        for path in {sample.path for sample in scan.usable if sample.path.is_file()}:  # or only its latents are left
             by_size[path.stat().st_size].append(path)
     groups: list[list[str]] = []
     for paths in by_size.values():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
+LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 
 OVERRIDES_HELP = """\
 any option of config.json can be given as well, and wins over the file:
@@ -56,6 +58,15 @@ def with_demo_paths(loaded: LoadedConfig) -> LoadedConfig:
             videos = entry.dataset_type == "video"
             entry.instance_data_dir = str(demo_path.data_path() if videos else demo_path.prompts_path())
     return loaded
+
+
+def arguments_again(verb: str, args: argparse.Namespace, flags: Sequence[str] = ()) -> list[str]:
+    """The command line that says the same to another process; flags: the verb's own switches and their values."""
+    chosen: list[str] = []
+    for name in ("config", "env", "example"):
+        if getattr(args, name):
+            chosen += [f"--{name}", getattr(args, name)]
+    return [verb, *chosen, *(["--demo-if-none"] if args.demo_if_none else []), *flags, *args.overrides]
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,11 @@ from simpletuner_dmd.cli.common import INTERRUPTED
 VERBS = {
     "train": ("distil or fine-tune Wan", "simpletuner train --env my-run learning_rate=1e-5"),
     "check": ("check a configuration and its data before anything is loaded", "simpletuner check --env my-run"),
+    "cache": ("fill the caches of text and video, or look into them", "simpletuner cache --env my-run"),
+    "synthesise": (
+        "make training videos or latents with the teacher",
+        "simpletuner synthesise --env my-run --prompts prompts.txt --out data/synthetic",
+    ),
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),

@@ -170,10 +170,11 @@ class TrainingRun:
     # --- parts ------------------------------------------------------------------------------------------------------
 
     def _prepare_data(self) -> PreparedData:
-        """The main process fills the caches, the others then find everything there."""
+        """All processes fill the caches together; each is done when everything is there."""
         prompts = [] if self.config.validation_disable else list(self.assembly.loaded.validation_prompts.values())
-        with self.accelerator.main_process_first():
-            return self.assembly.data(prompts, progress=self.main)
+        data = self.assembly.data(prompts, main=self.main, progress=self.main)
+        self.accelerator.wait_for_everyone()
+        return data
 
     def _total_steps(self, data: PreparedData) -> int:
         config = self.config

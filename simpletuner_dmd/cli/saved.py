@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, student_parameters
 from simpletuner_dmd.config import DatasetEntry, LoadedConfig, TrainConfig, UserError
+from simpletuner_dmd.durable import write_atomically
 from simpletuner_dmd.training.checkpoint import CheckpointState, find_latest, load_checkpoint, resolve_checkpoint
-from simpletuner_dmd.training.durable import write_atomically
 from simpletuner_dmd.training.ema import Ema
 from simpletuner_dmd.training.trainer import CHECKPOINTS
 from simpletuner_dmd.wan.roles import Roles

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from simpletuner_dmd.cli.common import add_config_arguments, load_config
+from simpletuner_dmd.cli.common import LAUNCHED, add_config_arguments, arguments_again, load_config
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
-
-LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,13 +20,13 @@ def run(args: argparse.Namespace) -> int:
     """Exit code 0 when trained and exported, 130 when interrupted (a checkpoint is saved), 2 for a person's mistake."""
     loaded = load_config(args)
     if loaded.config.num_processes > 1 and LAUNCHED not in os.environ:
-        _examine(loaded)
+        examine_run(loaded)
         from simpletuner_dmd.training.launch import launch
 
-        return launch(loaded.config.num_processes, _arguments_again(args), {LAUNCHED: "1"})
+        return launch(loaded.config.num_processes, arguments_again("train", args), {LAUNCHED: "1"})
     if LAUNCHED not in os.environ:
         _announce(loaded)
-        _examine(loaded)
+        examine_run(loaded)
     from simpletuner_dmd.cli.run import TrainingRun
     from simpletuner_dmd.config import UserError
     from simpletuner_dmd.training.launch import end_with_mistake
@@ -49,21 +47,13 @@ def _announce(loaded: LoadedConfig) -> None:
         print(f"  note: {notice}")
 
 
-def _examine(loaded: LoadedConfig) -> None:
+def examine_run(loaded: LoadedConfig) -> None:
     """Everything that can be known to fail is said before anything is loaded or written."""
     from simpletuner_dmd.cli.check import model_problems, output_problems
     from simpletuner_dmd.cli.check_data import folder_problem
     from simpletuner_dmd.config import UserError
 
     problems = [*model_problems(loaded), *output_problems(loaded)]
-    problems += [problem for entry in loaded.datasets if (problem := folder_problem(entry))]
+    problems += [problem for entry in loaded.datasets if (problem := folder_problem(entry, loaded.config))]
     if problems:
         raise UserError(problems)
-
-
-def _arguments_again(args: argparse.Namespace) -> list[str]:
-    chosen: list[Any] = []
-    for name in ("config", "env", "example"):
-        if getattr(args, name):
-            chosen += [f"--{name}", getattr(args, name)]
-    return ["train", *chosen, *(["--demo-if-none"] if args.demo_if_none else []), *args.overrides]

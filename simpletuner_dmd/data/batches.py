@@ -25,7 +25,8 @@ from torch import Tensor
 
 from simpletuner_dmd.data.plan import DataPlan, taking_part
 from simpletuner_dmd.data.scan import DatasetScan
-from simpletuner_dmd.data.store import LatentStore, TextStore, text_key
+from simpletuner_dmd.data.store import LatentStore
+from simpletuner_dmd.data.text_store import TextStore, text_key
 from simpletuner_dmd.flow import Batch, TextEmbedding
 from simpletuner_dmd.randomness import derive_seed, permutation
 
@@ -93,6 +94,7 @@ class PreparedData:
     """The data of a run: cached, planned, ready. Build it with `prepare`.
 
     groups: all buckets. text_rows: L of every text embedding. plan: what takes part, and the sizes assumed.
+    findings: what the doctor said of the caches.
     """
 
     scans: list[DatasetScan]
@@ -105,6 +107,7 @@ class PreparedData:
     seed: int
     plan: DataPlan
     cache_bytes: int = CACHE_BYTES
+    findings: Sequence[str] = ()
     _pending: dict[tuple[int, ...], Future[Batch]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -255,7 +258,7 @@ class PreparedData:
     @property
     def notices(self) -> list[str]:
         """What a person should know: files left out, rounding, buckets pruned or repeated."""
-        found = []
+        found = [f"caches: {finding}" for finding in self.findings]
         for scan in self.scans:
             found += [f"{scan.settings.id}: left out {item.path}: {item.reason}" for item in scan.rejected]
             found += [f"{scan.settings.id}: {notice}" for notice in scan.notices]

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and hashes of contents that are not taken twice."""
+"""What caches need of the disk: whole files, and hashes of contents that are not taken twice."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import errno
 import hashlib
 import json
 import os
-import time
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
+from simpletuner_dmd import durable
 from simpletuner_dmd.config.errors import UserError
-
-TEMPORARY = ".tmp-"
-DAY = 24 * 3600.0
 
 
 @contextmanager
@@ -24,57 +21,20 @@ def explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in durable.NO_SPACE:
             raise UserError(f"the disk is full: {path} could not be written", fix=(
                 "free some space, or move the cache (cache_dir_vae, cache_dir_text, or the dataset's own); what is "
                 "cached so far is kept, and the same command goes on from there")) from error  # fmt: skip
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (*durable.NOT_WRITABLE, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"{path} cannot be written: {error.strerror}",
                             fix="choose a cache folder that this user may write to") from error  # fmt: skip
         raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes `path` so that a reader, or a run after a crash, sees all of `data` or no file. Raises UserError.
-
-    Temporary file in the same folder, fsync, rename; the folder is synced too, so the name survives a power cut.
-    """
+    """Writes `path` so that a reader, or a run after a crash, sees all of `data` or no file. Raises UserError."""
     with explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.parent / f"{TEMPORARY}{os.getpid()}-{uuid4().hex[:8]}"
-        try:
-            with temporary.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows has no such handle
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
-            raise
-    finally:
-        os.close(handle)
-
-
-def sweep(folder: Path) -> None:
-    """Removes temporary files that a killed run left behind; younger ones may belong to a run beside this one."""
-    for leftover in folder.glob(f"**/{TEMPORARY}*"):
-        try:
-            if time.time() - leftover.stat().st_mtime > DAY:
-                leftover.unlink()
-        except OSError:
-            continue  # gone, or not ours: harmless either way
+        durable.write_atomically(path, data)
 
 
 def digest(*parts: bytes | str) -> str:
@@ -97,21 +57,25 @@ def hash_file(path: Path) -> str:
 
 
 class HashMemo:
-    """Content hashes of files, remembered by (path, size, modification time) across runs.
+    """Content hashes of files, remembered by (path, size, modification time) across runs. Safe to use from two threads.
 
     A lost or broken memo costs a re-hash and nothing else.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._known: dict[str, list[int | str]] = {}
+        self._lock = threading.RLock()
+        self._known = self._read()
         self._changed = 0
+
+    def _read(self) -> dict[str, list[int | str]]:
         try:
-            loaded = json.loads(path.read_text(encoding="utf-8"))
+            loaded = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return
-        if isinstance(loaded, dict):
-            self._known = {k: v for k, v in loaded.items() if isinstance(v, list) and len(v) == 3}
+            return {}
+        if not isinstance(loaded, dict):
+            return {}
+        return {k: v for k, v in loaded.items() if isinstance(v, list) and len(v) == 3}
 
     def known(self, path: Path) -> bool:
         """Whether the file is the one that was remembered: same size, same time."""
@@ -127,14 +91,11 @@ class HashMemo:
         self._note(path, path.stat(), content)
 
     def _note(self, path: Path, status: os.stat_result, content: str) -> None:
-        self._known[str(path.absolute())] = [status.st_size, status.st_mtime_ns, content]
-        self._changed += 1
-        if self._changed >= 256:  # a kill must not cost what was learnt of thousands of large files
-            self.save()
-
-    def forget(self, path: Path) -> None:
-        if self._known.pop(str(path.absolute()), None) is not None:
+        with self._lock:
+            self._known[str(path.absolute())] = [status.st_size, status.st_mtime_ns, content]
             self._changed += 1
+            if self._changed >= 256:  # a kill must not cost what was learnt of thousands of large files
+                self.save()
 
     def hash(self, path: Path) -> str:
         """The hash of the file's bytes, taken only if the file changed. Raises OSError."""
@@ -146,7 +107,9 @@ class HashMemo:
         return content
 
     def save(self) -> None:
-        """Writes what is new. Raises UserError."""
-        if self._changed:
-            write_whole(self.path, json.dumps(self._known, ensure_ascii=False).encode())
-            self._changed = 0
+        """Writes what is new, beside what other processes have written meanwhile. Raises UserError."""
+        with self._lock:
+            if self._changed:
+                self._known = {**self._read(), **self._known}
+                write_whole(self.path, json.dumps(self._known, ensure_ascii=False).encode())
+                self._changed = 0

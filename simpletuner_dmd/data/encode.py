@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.scan import Rejected, VideoSample
 from simpletuner_dmd.data.settings import DatasetSettings
-from simpletuner_dmd.data.store import LatentStore, TextStore, latent_key, text_key
+from simpletuner_dmd.data.sharing import Claims, Saver, share_out
+from simpletuner_dmd.data.store import LatentStore, latent_key
+from simpletuner_dmd.data.text_store import TextStore, text_keys
 from simpletuner_dmd.data.video import UnusableFile, read_clip
 
 EncodeText = Callable[[list[str]], list[Tensor]]
@@ -39,33 +42,70 @@ def clip_to_pixels(frames_THWC: np.ndarray) -> Tensor:
 
 def cache_text(
     store: TextStore,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     fingerprint: str,
     encode: EncodeText,
     *,
     write_batch: int,
     max_rows: int,
     progress: bool,
-) -> None:
-    """Encodes the prompts that the store lacks. What was encoded is written even if the encoder fails half-way."""
-    missing = [prompt for prompt in dict.fromkeys(prompts) if text_key(prompt, fingerprint) not in store]
+) -> int:
+    """Encodes the prompts that the store lacks, together with the processes beside this one; returns how many it did.
+
+    What was encoded is written even if the encoder fails half-way.
+    """
+    named = dict(_named(prompts, fingerprint))
+    missing = store.missing(list(named))
+    if not missing:
+        store.flush()
+        return 0
+
+    def not_saved(keys: list[str]) -> list[str]:
+        store.refresh()
+        return store.missing(keys)
+
+    done = 0
     waiting: dict[str, Tensor] = {}
-    try:
-        with tqdm(
-            total=len(missing), desc="text embeddings", unit="prompt", disable=not progress or not missing
-        ) as bar:
-            for start in range(0, len(missing), TEXT_BATCH):
-                chunk = missing[start : start + TEXT_BATCH]
-                for prompt, rows_LD in zip(chunk, encode(chunk), strict=True):
+    with (
+        Claims(store.folder) as claims,
+        tqdm(total=len(missing), desc="text embeddings", unit="prompt", disable=not progress) as bar,
+        Saver() as saver,
+    ):
+
+        def write() -> None:
+            nonlocal waiting
+            written, waiting = waiting, {}
+
+            def job() -> None:
+                store.save(written)
+                claims.give_back(written)
+
+            saver.save(job)
+
+        try:
+            for keys in share_out(missing, str, not_saved, claims, TEXT_BATCH):
+                if keys is None:
+                    write()
+                    saver.settle()
+                    continue
+                chunk = [named[key] for key in keys]
+                for key, prompt, rows_LD in zip(keys, chunk, encode(chunk), strict=True):
                     _check_rows(prompt, rows_LD, max_rows)
-                    waiting[text_key(prompt, fingerprint)] = rows_LD.detach().cpu()
+                    waiting[key] = rows_LD.detach().cpu()
+                done += len(chunk)
                 bar.update(len(chunk))
                 if len(waiting) >= write_batch:
-                    written, waiting = waiting, {}
-                    store.save(written)
-    finally:
-        store.save(waiting)
-        store.flush()
+                    write()
+        finally:
+            write()
+            saver.settle()
+            store.flush()
+    return done
+
+
+def _named(prompts: Iterable[str], fingerprint: str) -> Iterator[tuple[str, str]]:
+    unique = list(dict.fromkeys(prompts))
+    return zip(text_keys(unique, fingerprint), unique, strict=True)
 
 
 def _check_rows(prompt: str, rows_LD: Tensor, max_rows: int) -> None:
@@ -119,62 +159,101 @@ def cache_latents(
     *,
     batch_size: int,
     progress: bool,
-) -> list[Rejected]:
-    """Encodes the clips that the store lacks, in batches of one shape; returns those that turn out undecodable."""
+) -> tuple[int, list[Rejected]]:
+    """Encodes the clips that the store lacks, in batches of one shape, together with the processes beside this one.
+
+    Returns how many this process encoded, and the files that turn out undecodable.
+    """
     missing: dict[str, dict[str, Clip]] = defaultdict(dict)
     for clip in clips:
         if not store.has(clip.key):
             missing[clip.sample.bucket][clip.key] = clip
-    batches = [
-        list(bucket.values())[start : start + batch_size]
-        for bucket in missing.values()
-        for start in range(0, len(bucket), batch_size)
-    ]
     rejected: list[Rejected] = []
-    total = sum(map(len, batches))
-    try:
-        with tqdm(total=total, desc="video latents", unit="video", disable=not progress or not total) as bar:
-            for group, pixels_B3THW in _decoded_ahead(batches, rejected):
-                if group:
+    total, done = sum(map(len, missing.values())), 0
+    if not total:
+        store.flush()
+        return 0, rejected
+    with (
+        Claims(store.folder) as claims,
+        tqdm(total=total, desc="video latents", unit="video", disable=not progress) as bar,
+        Saver() as saver,
+    ):
+        try:
+            for bucket in missing.values():
+                batches = share_out(list(bucket.values()), _key, _not_in(store), claims, batch_size)
+                for group, pixels_B3THW, failed in _decoded_ahead(batches, saver):
+                    claims.give_back(clip.key for clip, _ in failed)
+                    rejected += [why for _, why in failed]
+                    bar.update(len(group) + len(failed))
+                    if not group:
+                        continue
                     latents_BCFHW = encode(pixels_B3THW)
                     _check_latents(group, latents_BCFHW, geometry)
-                    for clip, latents_CFHW in zip(group, latents_BCFHW, strict=True):
-                        store.save(clip.key, latents_CFHW, _note(clip))
-                bar.update(len(group))
-    finally:
-        store.flush()
-    return rejected
+                    saver.save(partial(_save_group, store, claims, group, latents_BCFHW))
+                    done += len(group)
+        finally:
+            saver.settle()
+            store.flush()
+    return done, rejected
 
 
-def _decoded_ahead(batches: list[list[Clip]], rejected: list[Rejected]) -> Iterator[tuple[list[Clip], Tensor]]:
-    """Decodes the next batch while the encoder works on this one. Clips that fail are moved to `rejected`."""
+def _key(clip: Clip) -> str:
+    return clip.key
 
-    def decode(batch: list[Clip]) -> tuple[list[Clip], Tensor]:
-        good, pixels = [], []
-        for clip in batch:
-            try:
-                frames_THWC = read_clip(
-                    clip.sample.path,
-                    num_frames=clip.sample.frames,
-                    framerate=clip.settings.framerate,
-                    frame_interval=clip.settings.frame_interval,
-                    crop=clip.sample.crop,
-                )
-            except UnusableFile as error:
-                rejected.append(Rejected(error.path, error.reason, error.damaged))
-                continue
-            good.append(clip)
-            pixels.append(clip_to_pixels(frames_THWC))
-        return good, torch.stack(pixels) if pixels else torch.empty(0)
 
+def _not_in(store: LatentStore) -> Callable[[list[Clip]], list[Clip]]:
+    return lambda clips: [clip for clip in clips if not store.has(clip.key)]
+
+
+def _save_group(store: LatentStore, claims: Claims, group: list[Clip], latents_BCFHW: Tensor) -> None:
+    for clip, latents_CFHW in zip(group, latents_BCFHW, strict=True):
+        store.save(clip.key, latents_CFHW, _note(clip))
+    claims.give_back(clip.key for clip in group)
+
+
+Decoded = tuple[list[Clip], Tensor, list[tuple[Clip, Rejected]]]
+
+
+def _decoded_ahead(batches: Iterator[list[Clip] | None], saver: Saver) -> Iterator[Decoded]:
+    """Decodes the next batch while the encoder works on this one: (clips, pixels [B, 3, T, H, W], clips that failed).
+
+    Where `batches` says None, everything before it is encoded and saved first.
+    """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        ahead = pool.submit(decode, batches[0]) if batches else None
-        for following in [*batches[1:], None]:
-            if ahead is None:
-                return
-            ready = ahead.result()
-            ahead = pool.submit(decode, following) if following is not None else None
-            yield ready
+        ahead: Future[Decoded] | None = None
+        for batch in batches:
+            following = pool.submit(_decode, batch) if batch is not None else None
+            if ahead is not None:
+                yield ahead.result()
+            ahead = following
+            if batch is None:
+                saver.settle()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def _decode(batch: list[Clip]) -> Decoded:
+    good, pixels, failed = [], [], []
+    for clip in batch:
+        try:
+            frames_THWC = read_clip_of(clip)
+        except UnusableFile as error:
+            failed.append((clip, Rejected(error.path, error.reason, error.damaged)))
+            continue
+        good.append(clip)
+        pixels.append(clip_to_pixels(frames_THWC))
+    return good, torch.stack(pixels) if pixels else torch.empty(0), failed
+
+
+def read_clip_of(clip: Clip) -> np.ndarray:
+    """[T, H, W, 3] uint8: the pictures of a clip as the VAE sees them. Raises UnusableFile."""
+    return read_clip(
+        clip.sample.path,
+        num_frames=clip.sample.frames,
+        framerate=clip.settings.framerate,
+        frame_interval=clip.settings.frame_interval,
+        crop=clip.sample.crop,
+    )
 
 
 def _check_latents(group: list[Clip], latents_BCFHW: Tensor, geometry: LatentGeometry) -> None:

@@ -1,19 +1,14 @@
-"""The caches on disk: VAE latents, one file per sample, and text embeddings, many in one file.
+"""The caches on disk: VAE latents, one file per sample. Text embeddings are in text_store.py.
 
 A key names the content and every setting that changes the result, so a change of either is a miss, never a stale hit.
-Tensors are safetensors bytes, never pickles, with zstd around them where `compress_disk_cache` asks.
-
-Text goes into packs: a `.pack` file is one self-contained blob per prompt, back to back, and its `.json` says where
-each lies and what its bytes hash to. Against one file per prompt it starts fast at many prompts (one small index per
-hundred); against one safetensors file for all, each prompt is read, checked and decompressed on its own. The index
-is written last: a pack without one does not exist.
+Tensors are safetensors, never pickles, with zstd around them where `compress_disk_cache` asks.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,7 +18,8 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.data.disk import HashMemo, digest, sweep, write_whole
+from simpletuner_dmd.data.disk import HashMemo, digest, write_whole
+from simpletuner_dmd.durable import sweep
 
 # Part of every key: raised when the meaning of what is stored changes.
 CACHE_VERSION = "1"
@@ -33,11 +29,6 @@ MEMO_NAME = "hashes.json"
 
 class DamagedEntryError(ValueError):
     """A cache entry whose bytes are not what was written."""
-
-
-def text_key(caption: str, fingerprint: str) -> str:
-    """fingerprint: what names the tokenizer, the encoder, its weights and its precision."""
-    return digest("text", CACHE_VERSION, fingerprint, caption)
 
 
 def latent_key(content: str, settings: Mapping[str, object], fingerprint: str) -> str:
@@ -102,7 +93,8 @@ class LatentStore:
     def __init__(self, folder: Path, compress: bool) -> None:
         self.folder, self.compress = folder, compress
         self.memo = HashMemo(folder / MEMO_NAME)
-        sweep(folder)
+        for place in (folder, *folder.glob("[0-9a-f][0-9a-f]")):
+            sweep(place)
 
     def _path(self, key: str, compressed: bool) -> Path:
         return self.folder / key[:2] / (f"{key}.safetensors" + (".zst" if compressed else ""))
@@ -158,86 +150,3 @@ class LatentStore:
 
     def _mark_verified(self, path: Path) -> None:
         self.memo.remember(path, "whole")
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-class TextStore:
-    """Packs of prompt embeddings; of each prompt only its real rows [L_i, D], never the padding."""
-
-    def __init__(self, folder: Path, compress: bool) -> None:
-        self.folder, self.compress = folder, compress
-        self.memo = HashMemo(folder / MEMO_NAME)
-        self._where: dict[str, tuple[Path, int, int, str]] = {}  # key -> (pack, offset, length, hash of the blob)
-        sweep(folder)
-        for index in sorted(folder.glob("*.json")):
-            if index.name != MEMO_NAME:
-                self._open_pack(index)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._where
-
-    def _open_pack(self, index: Path) -> None:
-        """Takes in the entries of a pack that are whole; the others are as if they had never been written."""
-        pack = index.with_suffix(".pack")
-        try:
-            rows = json.loads(index.read_text(encoding="utf-8"))["entries"]
-            entries = {str(key): (pack, int(at), int(size), str(check)) for key, (at, size, check) in rows.items()}
-            intact = pack.stat().st_size == sum(size for _, _, size, _ in entries.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return
-        if intact and self.memo.known(pack):
-            self._where.update(entries)
-            return
-        try:
-            data = pack.read_bytes()
-        except OSError:
-            return
-        whole = {k: e for k, e in entries.items() if digest(data[e[1] : e[1] + e[2]]) == e[3]}
-        self._where.update(whole)
-        if intact and len(whole) == len(entries):
-            self.memo.remember(pack, "whole")
-
-    def save(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Writes one pack: key -> [L_i, D]. Raises UserError when the disk is full."""
-        if not embeddings:
-            return
-        blobs = {key: encode_tensor(rows_LD, {}, self.compress) for key, rows_LD in embeddings.items()}
-        # Named by what it holds: a damaged pack is replaced only by an equal, whole one. The keys count too, because
-        # different prompts may have equal embeddings.
-        pack = self.folder / f"{digest(*blobs, *blobs.values())}.pack"
-        entries: dict[str, tuple[Path, int, int, str]] = {}
-        offset = 0
-        for key, blob in blobs.items():
-            entries[key] = (pack, offset, len(blob), digest(blob))
-            offset += len(blob)
-        write_whole(pack, b"".join(blobs.values()))
-        rows = {key: entry[1:] for key, entry in entries.items()}
-        write_whole(pack.with_suffix(".json"), json.dumps({"version": CACHE_VERSION, "entries": rows}).encode())
-        self.memo.remember(pack, "whole")
-        self._where.update(entries)
-
-    def load(self, key: str) -> Tensor:
-        """[L, D] in the stored precision. Raises UserError for an entry that vanished or rotted."""
-        pack, offset, size, check = self._where[key]
-        try:
-            with pack.open("rb") as file:
-                file.seek(offset)
-                blob = file.read(size)
-            if digest(blob) != check:
-                raise DamagedEntryError("does not match its own checksum")
-            return decode_tensor(blob)[0]
-        except (OSError, DamagedEntryError) as error:
-            self.memo.forget(pack)
-            self.memo.save()
-            raise damaged(pack, error) from error
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        return [key for key in keys if key not in self._where]
-
-    def flush(self) -> None:
-        self.memo.save()

@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from simpletuner_dmd.durable import write_folder, write_json, write_text, write_through
 from simpletuner_dmd.publish.card import model_card
 from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key, to_diffusers
 from simpletuner_dmd.publish.experts import experts_document, experts_sampler_file, low_noise_files
-from simpletuner_dmd.publish.files import write_atomically, write_folder, write_json, write_text
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice, scheduler_for
 from simpletuner_dmd.publish.snippets import LORA_FILE, load_snippet, sampler_file
@@ -239,7 +239,7 @@ def tensor_hash(tensors: Mapping[str, Tensor]) -> str:
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Path:
     """A safetensors file, whole or not at all."""
-    return write_atomically(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
+    return write_through(path, lambda temporary: save_file(dict(tensors), temporary, metadata=dict(metadata)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simpletuner_dmd.durable import write_json
 from simpletuner_dmd.publish.dialects import COMFYUI_PREFIX, comfyui_module, module_names
 from simpletuner_dmd.publish.export import SMALL_BYTES, describe, dtype_name, foreign_metadata, own_metadata, save
-from simpletuner_dmd.publish.files import write_json
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.schedulers import scheduler_for
 from simpletuner_dmd.publish.workflow import comfyui_workflow

@@ -26,8 +26,8 @@ from typing import Any
 
 from torch import Tensor
 
+from simpletuner_dmd import durable
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.training import durable
 from simpletuner_dmd.training.packing import bytes_of, pack, read_safetensors, unpack, write_safetensors
 
 log = logging.getLogger(__name__)
@@ -215,6 +215,7 @@ def find_latest(root: Path) -> Path | None:
     """
     if not root.is_dir():
         return None
+    durable.sweep(root)
     for path in sorted(root.iterdir()):
         leftover = LEFTOVER.match(path.name)
         if leftover and leftover[2] == "replaced" and not (root / leftover[1]).exists():

@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from simpletuner_dmd.training.durable import HashingFile
+from simpletuner_dmd.durable import HashingFile
 
 DTYPES = {
     torch.float64: "F64",

@@ -18,7 +18,7 @@ from urllib.parse import urlparse
 
 from torch import Tensor
 
-from simpletuner_dmd.training import durable
+from simpletuner_dmd import durable
 
 log = logging.getLogger(__name__)
 

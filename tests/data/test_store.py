@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 
+from simpletuner_dmd import durable
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.data import disk
+from simpletuner_dmd.data import disk, text_store
 from simpletuner_dmd.data.disk import HashMemo, digest, hash_file, write_whole
-from simpletuner_dmd.data.store import (
-    DamagedEntryError,
-    LatentStore,
-    TextStore,
-    decode_tensor,
-    encode_tensor,
-    latent_key,
-    text_key,
-)
+from simpletuner_dmd.data.store import DamagedEntryError, LatentStore, decode_tensor, encode_tensor, latent_key
+from simpletuner_dmd.data.text_store import TextStore, text_key, text_keys
 
+KEY = "a1" * 16
 LATENTS = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -60,102 +56,203 @@ def test_keys_tell_apart_what_differs() -> None:
 
 def test_latent_store(tmp_path: Path) -> None:
     store = LatentStore(tmp_path, compress=False)
-    assert not store.has("k1")
-    store.save("k1", LATENTS, {"source": "a.mp4"})
-    assert store.has("k1") and torch.equal(store.load("k1"), LATENTS) and store.note("k1") == {"source": "a.mp4"}
-    assert torch.equal(LatentStore(tmp_path, compress=True).load("k1"), LATENTS), "either form is read"
+    assert not store.has(KEY)
+    store.save(KEY, LATENTS, {"source": "a.mp4"})
+    assert store.has(KEY) and torch.equal(store.load(KEY), LATENTS) and store.note(KEY) == {"source": "a.mp4"}
+    assert torch.equal(LatentStore(tmp_path, compress=True).load(KEY), LATENTS), "either form is read"
 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_damaged_latent_is_made_anew(tmp_path: Path, compress: bool) -> None:
     store = LatentStore(tmp_path, compress)
-    store.save("k1", LATENTS, {})
+    store.save(KEY, LATENTS, {})
     store.flush()
-    (file,) = [path for path in tmp_path.rglob("k1.*")]
+    (file,) = [path for path in tmp_path.rglob(f"{KEY}.*")]
     file.write_bytes(file.read_bytes()[:-20])
     again = LatentStore(tmp_path, compress)
-    assert not again.has("k1") and not file.exists()
+    assert not again.has(KEY) and not file.exists()
 
 
 def test_rot_that_keeps_size_and_time_is_noticed_when_read(tmp_path: Path) -> None:
     store = LatentStore(tmp_path, compress=False)
-    store.save("k1", LATENTS, {})
-    (file,) = [path for path in tmp_path.rglob("k1.*")]
+    store.save(KEY, LATENTS, {})
+    (file,) = [path for path in tmp_path.rglob(f"{KEY}.*")]
     status, data = file.stat(), bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match="checksum"):
-        store.load("k1")
-    assert not store.has("k1"), "the next start makes it anew"
+        store.load(KEY)
+    assert not store.has(KEY), "the next start makes it anew"
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def key(name: object) -> str:
+    return text_key(str(name), "umt5")
+
+
+def random_rows(count: int, width: int = 32, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
+    source = torch.Generator().manual_seed(count)
+    return {key(i): torch.randn(i % 7 + 1, width, generator=source).to(dtype) for i in range(count)}
+
+
+def shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("text-*.safetensors"))
+
+
+def test_many_keys_are_the_keys_of_each() -> None:
+    captions = ["", "a cat", "süß", "a cat "]
+    assert text_keys(captions, "m") == [text_key(caption, "m") for caption in captions]
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_text_store_keeps_real_rows_only(tmp_path: Path, compress: bool) -> None:
-    rows = {f"key{i}": torch.randn(i + 1, 32).bfloat16() for i in range(20)}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_text_store_keeps_real_rows_only(tmp_path: Path, compress: bool, dtype: torch.dtype) -> None:
+    rows = random_rows(20, dtype=dtype)
     store = TextStore(tmp_path, compress)
     store.save(dict(list(rows.items())[:12]))
     store.save(dict(list(rows.items())[12:]))
-    store.flush()
-    again = TextStore(tmp_path, compress)
-    assert len(again) == 20
-    for key, expected in rows.items():
-        assert key in again and torch.equal(again.load(key), expected)
-    size = sum(path.stat().st_size for path in tmp_path.glob("*.pack"))
-    assert size < sum(r.nbytes for r in rows.values()) + 20 * 400, "no padding on disk"
+    for again in (store, TextStore(tmp_path, not compress), (store.flush(), TextStore(tmp_path, compress))[1]):
+        assert len(again) == 20 and again.missing([*rows, key("absent")]) == [key("absent")]
+        for name, expected in rows.items():
+            loaded = again.load(name)
+            assert name in again and loaded.dtype == dtype and torch.equal(loaded, expected)
+        assert again.bytes_on_disk == sum(path.stat().st_size for path in shards(tmp_path))
+        assert again.bytes_on_disk < sum(r.nbytes for r in rows.values()) + 20 * 64 + 2 * 600, "no padding on disk"
+    with pytest.raises(KeyError):
+        store.load(key("absent"))
+
+
+def test_a_shard_is_a_plain_safetensors_file(tmp_path: Path) -> None:
+    rows = random_rows(3)
+    TextStore(tmp_path, compress=False).save(rows)
+    tensors = load_file(shards(tmp_path)[0])
+    assert torch.equal(tensors["rows"], torch.cat(list(rows.values())))
+    assert [row.numpy().tobytes().hex() for row in tensors["keys"]] == list(rows)
+    assert tensors["ends"].tolist() == [64, 192, 384]
 
 
 def test_equal_embeddings_of_different_prompts_keep_apart(tmp_path: Path) -> None:
     store = TextStore(tmp_path, compress=False)
-    store.save({"a": torch.ones(2, 4)})
-    store.save({"b": torch.ones(2, 4)})
-    assert {"a", "b"} <= {key for key in "abc" if key in TextStore(tmp_path, compress=False)}
+    store.save({key("a"): torch.ones(2, 4)})
+    store.save({key("b"): torch.ones(2, 4)})
+    assert TextStore(tmp_path, compress=False).missing([key(c) for c in "abc"]) == [key("c")]
 
 
-def test_a_damaged_pack_loses_only_the_damaged_prompts(tmp_path: Path) -> None:
-    rows = {f"key{i}": torch.full((4, 8), float(i)) for i in range(5)}
+def test_keys_that_share_their_first_half(tmp_path: Path) -> None:
+    names = [f"{'ab' * 8}{i:016x}" for i in range(5)] + ["00" * 16, "ff" * 16]
+    store = TextStore(tmp_path, compress=False)
+    store.save({name: torch.full((1, 4), float(i)) for i, name in enumerate(names)})
+    store.flush()
+    again = TextStore(tmp_path, compress=False)
+    assert [int(again.load(name)[0, 0]) for name in names] == list(range(7))
+    assert again.missing([f"{'ab' * 8}{9:016x}", names[3]]) == [f"{'ab' * 8}{9:016x}"]
+
+
+def test_a_damaged_shard_loses_only_the_damaged_prompts(tmp_path: Path) -> None:
+    rows = {key(i): torch.full((4, 8), float(i)) for i in range(5)}
     store = TextStore(tmp_path, compress=False)
     store.save(rows)
     store.flush()
-    (pack,) = tmp_path.glob("*.pack")
-    data = bytearray(pack.read_bytes())
-    data[-1] ^= 1  # the last prompt's last byte
-    pack.write_bytes(data)
+    (shard,) = shards(tmp_path)
+    data = bytearray(shard.read_bytes())
+    at = data.index(rows[key(4)].numpy().tobytes())
+    data[at + 3] ^= 1
+    shard.write_bytes(data)
     again = TextStore(tmp_path, compress=False)
-    assert len(again) == 4 and "key4" not in again
-    pack.write_bytes(data[: len(data) // 2])
-    assert len(TextStore(tmp_path, compress=False)) == 2
-    again.save({"key4": rows["key4"]})
-    assert torch.equal(TextStore(tmp_path, compress=False).load("key4"), rows["key4"])
+    assert again.missing(list(rows)) == [key(4)]
+    again.save({key(4): rows[key(4)]})
+    again.flush()
+    assert torch.equal(TextStore(tmp_path, compress=False).load(key(4)), rows[key(4)])
+    shard.write_bytes(data[: at - 20])
+    assert TextStore(tmp_path, compress=False).missing(list(rows)) == [key(3)], "the last one came from its own shard"
 
 
-def test_text_rot_that_keeps_size_and_time(tmp_path: Path) -> None:
-    store = TextStore(tmp_path, compress=False)
-    store.save({"k": torch.ones(4, 8)})
+def test_any_flipped_or_missing_byte_of_a_shard_is_noticed(tmp_path: Path) -> None:
+    rows = random_rows(4, width=8)
+    TextStore(tmp_path, compress=False).save(rows)
+    (shard,) = shards(tmp_path)
+    data = shard.read_bytes()
+    lost = []
+    for at in range(len(data)):
+        broken = bytearray(data)
+        broken[at] ^= 0x10
+        shard.write_bytes(broken)
+        again = TextStore(tmp_path, compress=False)
+        left = [name for name in rows if name in again]
+        assert all(torch.equal(again.load(name), rows[name]) for name in left), at
+        lost.append(len(rows) - len(left))
+    # Only spaces, names and numbers of the header that nothing is read by may change without a loss.
+    assert sum(count > 0 for count in lost) > len(data) - 200
+    for length in range(0, len(data), 5):
+        shard.write_bytes(data[:length])
+        again = TextStore(tmp_path, compress=False)
+        assert all(torch.equal(again.load(name), rows[name]) for name in rows if name in again)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_text_rot_that_keeps_size_and_time(tmp_path: Path, compress: bool) -> None:
+    store = TextStore(tmp_path, compress)
+    store.save(random_rows(3))
     store.flush()
-    (pack,) = tmp_path.glob("*.pack")
-    status, data = pack.stat(), bytearray(pack.read_bytes())
+    (shard,) = shards(tmp_path)
+    status, data = shard.stat(), bytearray(shard.read_bytes())
     data[-1] ^= 1
-    pack.write_bytes(data)
-    os.utime(pack, ns=(status.st_atime_ns, status.st_mtime_ns))
+    shard.write_bytes(data)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     with pytest.raises(UserError, match="run the same command again"):
-        store.load("k")
-    assert "k" not in TextStore(tmp_path, compress=False), "the next start makes it anew"
+        [store.load(name) for name in random_rows(3)]
+    assert len(TextStore(tmp_path, compress)) == 2, "the next start makes the third anew"
 
 
-def test_a_pack_without_its_index_does_not_exist(tmp_path: Path) -> None:
-    store = TextStore(tmp_path, compress=False)
-    store.save({"k": torch.ones(1, 4)})
-    next(tmp_path.glob("*.json")).unlink()
+def test_the_index_is_only_a_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = random_rows(9)
+    store = TextStore(tmp_path, compress=True)
+    store.save(rows)
+    store.flush()
+    index, read = tmp_path / text_store.INDEX, []
+    genuine = text_store._read_shard
+    monkeypatch.setattr(text_store, "_read_shard", lambda path, **o: (read.append(path), genuine(path, **o))[1])
+    assert len(TextStore(tmp_path, True)) == 9 and read == [], "a shard that is as it was is not read again"
+    whole = index.read_bytes()
+    for content in (b"", b"[1, 2", whole[:-1], whole[:40], whole.replace(b'"1"', b'"0"'), b"\0" * 99):
+        index.write_bytes(content)
+        assert len(TextStore(tmp_path, True)) == 9
+    index.unlink()
+    assert len(TextStore(tmp_path, True)) == 9 and len(read) == 7
+    index.write_bytes(whole)
+    shards(tmp_path)[0].unlink()
+    assert len(TextStore(tmp_path, True)) == 0, "what the index says of a shard that is gone counts for nothing"
+
+
+def test_foreign_files_are_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "text-a.safetensors").write_bytes(b"")
+    (tmp_path / "text-b.safetensors").write_bytes(save({"ends": torch.zeros(1)}, {"version": "1"}))
+    (tmp_path / "text-c.safetensors").write_bytes(struct.pack("<Q", 1 << 60))
+    (tmp_path / "text-d.safetensors").write_bytes(struct.pack("<Q", 2) + b"[]")
     assert len(TextStore(tmp_path, compress=False)) == 0
-    (tmp_path / "x.json").write_text("[1, 2")
-    (tmp_path / "y.json").write_text('{"entries": {"k": [1]}}')
-    (tmp_path / "z.json").write_text(json.dumps({"entries": {"k": [0, 4, "00"]}}))
-    (tmp_path / MEMO).write_text('{"a": 1}')
-    assert len(TextStore(tmp_path, compress=False)) == 0
 
 
-MEMO = "hashes.json"
+def test_two_stores_on_one_folder(tmp_path: Path) -> None:
+    one, two = TextStore(tmp_path, True), TextStore(tmp_path, False)
+    one.save({key("a"): torch.ones(1, 4)})
+    two.save({key("b"): torch.ones(2, 4), key("a"): torch.ones(1, 4)})
+    assert two.missing([key("a"), key("b")]) == [] and one.missing([key("b")]) == [key("b")]
+    one.flush()
+    two.flush()
+    for store in (one, TextStore(tmp_path, True)):
+        assert len(store) == 2 and len(store.load(key("b"))) == 2 and len(store.load(key("a"))) == 1
+
+
+def test_merging_keeps_every_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_store, "MERGE_AT", 10)
+    store, names = TextStore(tmp_path, False), [key(i) for i in range(64)]
+    for start in range(0, 64, 4):
+        store.save({name: torch.full((1, 2), float(start)) for name in names[start : start + 8]})
+    assert store.missing(names) == [] and len(store) == 64
+    assert all(int(store.load(name)[0, 0]) in (i // 4 * 4, i // 4 * 4 - 4) for i, name in enumerate(names))
 
 
 def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,18 +260,18 @@ def test_disk_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     latents, text = LatentStore(tmp_path / "l", False), TextStore(tmp_path / "t", False)
-    text.save({"before": torch.ones(1, 4)})
-    monkeypatch.setattr(disk.os, "fsync", full)
+    text.save({key("before"): torch.ones(1, 4)})
+    monkeypatch.setattr(durable, "_sync", full)
     with pytest.raises(UserError, match="the disk is full") as caught:
         latents.save("k", LATENTS, {})
     assert "goes on from there" in caught.value.problems[0].fix
     with pytest.raises(UserError, match="the disk is full"):
-        text.save({"after": torch.ones(1, 4)})
+        text.save({key("after"): torch.ones(1, 4)})
     monkeypatch.undo()
     assert not any(path.is_file() for path in (tmp_path / "l").rglob("*"))
     assert not LatentStore(tmp_path / "l", False).has("k")
     again = TextStore(tmp_path / "t", False)
-    assert "before" in again and "after" not in again and "after" not in text
+    assert again.missing([key("before"), key("after")]) == text.missing([key("before"), key("after")]) == [key("after")]
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
@@ -185,13 +282,14 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_leftovers_of_a_kill_are_ignored_and_swept(tmp_path: Path) -> None:
     store = LatentStore(tmp_path, False)
-    store.save("k1", LATENTS, {})
-    old, young = tmp_path / "k1" / ".tmp-1-aa", tmp_path / "k1" / ".tmp-2-bb"
+    store.save(KEY, LATENTS, {})
+    (tmp_path / KEY[:2]).mkdir(exist_ok=True)
+    old, young = (tmp_path / KEY[:2] / f".k1.{n}-0123abcd.partial.safetensors" for n in (1, 2))
     for leftover in (old, young):
         leftover.write_bytes(b"half a tens")
     os.utime(old, (1, 1))
     again = LatentStore(tmp_path, False)
-    assert again.has("k1") and not old.exists() and young.exists(), "a young one may be another run's"
+    assert again.has(KEY) and not old.exists() and young.exists(), "a young one may be another run's"
 
 
 def test_memo_hashes_again_only_when_the_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

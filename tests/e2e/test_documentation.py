@@ -32,9 +32,8 @@ def commands(path: Path) -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    lines += re.findall(
-        r"`((?:simpletuner (?:train|check|sample|export|examples)|python |\./train\.sh|tests/run\.sh)[^`…]*)`", prose
-    )
+    verbs = "|".join(VERBS)
+    lines += re.findall(rf"`((?:simpletuner (?:{verbs})|python |\./train\.sh|tests/run\.sh)[^`…]*)`", prose)
     return [line for line in lines if line and not line.startswith("#")]
 
 

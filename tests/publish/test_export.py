@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from simpletuner_dmd.flow import Schedule, uniform_ladder
 from simpletuner_dmd.publish.export import export_full, export_lora
-from simpletuner_dmd.publish.files import write_atomically, write_folder
 from simpletuner_dmd.publish.info import decimals
 
 from .conftest import ALPHA, RANK, SDE3, make_info
@@ -167,32 +166,3 @@ def test_unknown_format_is_refused(tmp_path, lora):
     with pytest.raises(ValueError, match="kohya"):
         export_lora(tmp_path, lora, rank=RANK, alpha=ALPHA, info=make_info(), formats=("kohya",))
     assert not any(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_former_file(tmp_path):
-    path = tmp_path / "file.txt"
-    path.write_text("former")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, fail)
-    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
-    assert path.read_text() == "former"
-
-
-def test_a_failed_folder_leaves_the_former_folder(tmp_path):
-    write_folder(tmp_path / "transformer", lambda folder: (folder / "a").write_text("former") and None)
-
-    def fail(folder):
-        (folder / "a").write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path / "transformer", fail)
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["transformer", "transformer/a"]
-    assert (tmp_path / "transformer" / "a").read_text() == "former"
-    write_folder(tmp_path / "transformer", lambda folder: (folder / "b").write_text("new") and None)
-    assert [p.name for p in (tmp_path / "transformer").iterdir()] == ["b"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from simpletuner_dmd import durable
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.training import durable
 from simpletuner_dmd.training.checkpoint import (
     CheckpointState,
     bytes_needed,

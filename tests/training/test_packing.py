@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from simpletuner_dmd.training.durable import HashingFile, sha256_of
+from simpletuner_dmd.durable import HashingFile, sha256_of
 from simpletuner_dmd.training.packing import DTYPES, bytes_of, pack, read_safetensors, unpack, write_safetensors
 
 
@@ -75,7 +75,7 @@ def test_every_dtype_and_shape_reads_back_through_the_library(tmp_path):
 
 
 def test_more_than_one_chunk(tmp_path, monkeypatch):
-    from simpletuner_dmd.training import durable
+    from simpletuner_dmd import durable
 
     monkeypatch.setattr(durable, "CHUNK", 100)
     monkeypatch.setattr(durable, "_write", lambda fd, chunk, write=durable._write: write(fd, chunk[:33]))

@@ -1,0 +1,290 @@
+"""`simpletuner synthesise`: training data made by the teacher from a list of prompts.
+
+The folder it writes is a `video` dataset: mp4 files with captions beside them, or, with --latents, latents in the form
+of the cache, which train without a video ever being decoded or encoded. Interrupted, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpletuner_dmd.cli.common import LAUNCHED, add_config_arguments, arguments_again, load_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from simpletuner_dmd.cli.assemble import Assembly
+    from simpletuner_dmd.config import LoadedConfig
+    from simpletuner_dmd.data.scan import DatasetScan, PromptSample
+    from simpletuner_dmd.data.store import LatentStore
+
+RECORD = ".synthesised.json"  # hidden, so that the folder holds nothing but videos and captions to those who list it
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a .txt or .jsonl file of prompts")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the data goes")
+    parser.add_argument("--latents", action="store_true", help="latents in the form of the cache instead of videos")
+    parser.add_argument("--size", metavar="WxH", help="default: the configuration's first validation_resolution")
+    parser.add_argument("--frames", type=int, help="default: the configuration's validation_num_video_frames")
+    parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="videos per prompt; default: 1")
+    parser.add_argument("--from-seed", type=int, default=42, metavar="SEED", help="what the seeds are derived from")
+    add_config_arguments(parser)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One video to be made. name: of its files, without suffix. key: its entry among the latents, and its claim."""
+
+    prompt: str
+    seed: int
+    name: str
+    key: str
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code 0 when every video is there; 2 for a person's mistake."""
+    loaded = load_config(args)
+    launched = LAUNCHED in os.environ
+    if loaded.config.num_processes > 1 and not launched:
+        from simpletuner_dmd.training.launch import launch
+
+        return launch(loaded.config.num_processes, arguments_again("synthesise", args, _flags(args)), {LAUNCHED: "1"})
+    from simpletuner_dmd.config import UserError
+    from simpletuner_dmd.training.launch import end_with_mistake
+
+    try:
+        made, total = _synthesise(loaded, args)
+    except UserError as error:
+        if not launched:
+            raise
+        return end_with_mistake(str(error))
+    kind = "latents" if args.latents else "videos"
+    print(f"{args.out}: {total} {kind}, {made} made by this process; seeds and settings in {args.out / RECORD}")
+    return 0
+
+
+def _flags(args: argparse.Namespace) -> list[str]:
+    flags = ["--prompts", str(args.prompts), "--out", str(args.out), "--per-prompt", str(args.per_prompt)]
+    flags += ["--from-seed", str(args.from_seed), *(["--latents"] if args.latents else [])]
+    flags += ["--size", args.size] if args.size else []
+    return flags + (["--frames", str(args.frames)] if args.frames else [])
+
+
+def _synthesise(loaded: LoadedConfig, args: argparse.Namespace) -> tuple[int, int]:
+    """(how many this process made, how many there are)."""
+    from accelerate import Accelerator
+    from torch import cuda
+
+    from simpletuner_dmd.cli.assemble import Assembly
+    from simpletuner_dmd.cli.common import quiet_libraries
+    from simpletuner_dmd.data.encode import cache_text
+    from simpletuner_dmd.data.settings import text_cache
+    from simpletuner_dmd.data.store import LatentStore
+    from simpletuner_dmd.data.text_store import TextStore
+
+    quiet_libraries()
+    config = loaded.config
+    assembly = Assembly(loaded, Accelerator(cpu=not cuda.is_available()).device)
+    scan = _prompts(assembly, args)
+    items = _items(assembly, scan, args)
+    store = LatentStore(args.out, config.compress_disk_cache) if args.latents else None
+    if not (missing := [item for item in items if not _is_there(item, args.out, store)]):
+        _finish(assembly, scan, items, args.out, store)
+        return 0, len(items)
+    folder, write_batch = text_cache([*loaded.datasets, loaded.text_embeds], config)
+    text = TextStore(folder, config.compress_disk_cache)
+    encoder = assembly.text_encoder
+    cache_text(
+        text, [assembly.negative_prompt, *(item.prompt for item in items)], encoder.fingerprint, encoder,
+        write_batch=write_batch, max_rows=config.tokenizer_max_length, progress=True,
+    )  # fmt: skip
+    encoder.unload()
+    made = _make(assembly, scan, missing, text, args.out, store)
+    _finish(assembly, scan, items, args.out, store)
+    return made, len(items)
+
+
+def _prompts(assembly: Assembly, args: argparse.Namespace) -> DatasetScan:
+    """The prompts of the file, with the size of their videos. Raises UserError."""
+    from simpletuner_dmd.config import DatasetEntry, UserError
+    from simpletuner_dmd.config.coerce import frame_size
+    from simpletuner_dmd.data.scan import scan
+
+    config = assembly.config
+    if args.per_prompt < 1:
+        raise UserError(f"--per-prompt {args.per_prompt}: nothing would be made", fix="write 1 or more")
+    try:
+        size = frame_size(args.size) if args.size else config.validation_resolution[0]
+    except ValueError as error:
+        raise UserError(f"--size {args.size}: {error}", fix="write WIDTHxHEIGHT, for example 832x480") from error
+    width, height = assembly.fitting(*size)
+    entry = DatasetEntry(
+        id=args.out.name or "synthetic",
+        dataset_type="prompts",
+        instance_data_dir=str(args.prompts),
+        resolution=f"{width}x{height}",
+        video={"num_frames": args.frames or config.validation_num_video_frames},
+    )
+    return scan(entry, config, geometry=assembly.geometry)
+
+
+def _settings(assembly: Assembly, scan: DatasetScan) -> dict[str, Any]:
+    """Everything that decides what a prompt and a seed become."""
+    config, sampler = assembly.config, assembly.teacher_sampler
+    first: PromptSample = scan.usable[0]  # type: ignore[assignment]
+    return {
+        "model": assembly.source.fingerprint("transformer", "transformer"),
+        "model_name": config.pretrained_model_name_or_path,
+        "precision": [config.mixed_precision, config.base_model_precision],
+        "vae": assembly.codec.fingerprint,
+        "text_encoder": assembly.text_encoder.fingerprint,
+        "steps": sampler.steps,
+        "guidance": sampler.guidance,
+        "shift": sampler.schedule.shift,
+        "negative_prompt": assembly.negative_prompt,
+        "size": [first.width, first.height, first.frames],
+        "framerate": config.framerate,
+    }
+
+
+def _items(assembly: Assembly, scan: DatasetScan, args: argparse.Namespace) -> list[Item]:
+    """What is to be made, recorded in the folder first. Raises UserError where the folder holds something else.
+
+    Names and seeds follow from the prompt, so a longer or reordered file adds to what is there.
+    """
+    from simpletuner_dmd.config import UserError
+    from simpletuner_dmd.data.disk import digest, explained
+    from simpletuner_dmd.data.store import latent_key
+    from simpletuner_dmd.durable import write_json
+    from simpletuner_dmd.randomness import derive_seed
+
+    settings = {"kind": "latents" if args.latents else "videos", **_settings(assembly, scan)}
+    items = []
+    for prompt in dict.fromkeys(sample.captions[0] for sample in scan.usable):
+        for copy in range(args.per_prompt):
+            seed = derive_seed(args.from_seed, "synthesise", prompt, copy) % 2**31
+            words = re.sub(r"[^\w]+", "-", prompt)[:40].strip("-")
+            key = latent_key(f"synthesised:{prompt}:{seed}", settings, assembly.codec.fingerprint)
+            items.append(Item(prompt, seed, f"{words}-{digest(prompt)[:8]}-seed{seed}", key))
+    record, former = args.out / RECORD, {}
+    if record.is_file():
+        former = json.loads(record.read_text(encoding="utf-8"))
+        changed = [name for name, value in settings.items() if former["settings"].get(name) != value]
+        if changed:
+            raise UserError(f"{args.out} holds data made with other settings: {', '.join(changed)}",
+                            fix="name another --out folder, or go on with the settings in its " + RECORD)  # fmt: skip
+    samples = {row["name"]: row for row in former.get("samples", [])}
+    samples |= {item.name: {"name": item.name, "seed": item.seed, "prompt": item.prompt} for item in items}
+    if not former or len(samples) > len(former["samples"]):
+        with explained(record):
+            write_json(record, {"settings": settings, "samples": list(samples.values())})
+    return items
+
+
+def _is_there(item: Item, out: Path, store: LatentStore | None) -> bool:
+    return (out / f"{item.name}.mp4").is_file() if store is None else store.has(item.key)
+
+
+def _make(
+    assembly: Assembly, scan: DatasetScan, items: list[Item], text: Any, out: Path, store: LatentStore | None
+) -> int:
+    """Renders what nobody else has made; returns how many."""
+    from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
+
+    from simpletuner_dmd.data.sharing import Claims, share_out
+
+    def missing(some: list[Item]) -> list[Item]:
+        return [item for item in some if not _is_there(item, out, store)]
+
+    made, render = 0, _renderer(assembly, scan, text)
+    with Claims(out, ".claims") as claims, tqdm(total=len(items), desc="synthesise", unit="video") as bar:
+        for batch in share_out(items, lambda item: item.key, missing, claims, 1):
+            for item in batch or []:
+                _write(assembly, item, render(item), out, store)
+                claims.give_back([item.key])
+                made += 1
+                bar.update()
+    if store is not None:
+        store.flush()
+    return made
+
+
+def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[Item], Tensor]:
+    """item -> normalised latents [C, F, H, W] by the teacher's own steps and guidance."""
+    import torch
+
+    from simpletuner_dmd.data.text_store import text_key
+    from simpletuner_dmd.flow import TextEmbedding
+    from simpletuner_dmd.wan.denoiser import WanDenoiser
+    from simpletuner_dmd.wan.loading import choose_attention
+
+    network = assembly.base_transformer().eval()
+    choose_attention(network, assembly.config.attention_mechanism)
+    teacher = WanDenoiser(network, None, None)
+    first: PromptSample = scan.usable[0]  # type: ignore[assignment]
+    shape = assembly.geometry.latent_shape(first.width, first.height, first.frames)
+    fingerprint, length = assembly.text_encoder.fingerprint, assembly.config.tokenizer_max_length
+
+    def embedded(prompt: str) -> TextEmbedding:
+        rows_LD = text.load(text_key(prompt, fingerprint))
+        padded = torch.zeros(1, length, rows_LD.shape[1])
+        padded[0, : len(rows_LD)] = rows_LD
+        return TextEmbedding(padded).to(assembly.device)
+
+    negative = embedded(assembly.negative_prompt)
+
+    def render(item: Item) -> Tensor:
+        latents: Tensor = assembly.teacher_sampler(
+            teacher, embedded(item.prompt), negative, (1, *shape), item.seed, assembly.device
+        )
+        return latents[0].cpu()
+
+    return render
+
+
+def _write(assembly: Assembly, item: Item, latents_CFHW: Tensor, out: Path, store: LatentStore | None) -> None:
+    """The caption first, the video last: a video that is there has its caption."""
+    from simpletuner_dmd.data.disk import explained
+    from simpletuner_dmd.data.video import write_mp4
+    from simpletuner_dmd.durable import write_text
+    from simpletuner_dmd.validation.render import to_frames
+
+    if store is not None:
+        store.save(item.key, latents_CFHW, {"prompt": item.prompt, "seed": str(item.seed)})
+        return
+    path = out / f"{item.name}.mp4"
+    with explained(path):
+        write_text(path.with_suffix(".txt"), item.prompt + "\n")
+        write_mp4(path, to_frames(assembly.codec.decode(latents_CFHW[None])[0]), assembly.config.framerate)
+
+
+def _finish(assembly: Assembly, scan: DatasetScan, items: list[Item], out: Path, store: LatentStore | None) -> None:
+    """Latents: the manifest that makes the folder a dataset of these prompts."""
+    if store is None:
+        return
+    from simpletuner_dmd.data.manifest import MADE_HERE, write_manifest
+
+    write_manifest(out / MADE_HERE, list(_clips(assembly, scan, items, out)), assembly.codec.fingerprint, None)
+
+
+def _clips(assembly: Assembly, scan: DatasetScan, items: list[Item], out: Path) -> Iterator[Any]:
+    from simpletuner_dmd.data.buckets import CropPlan
+    from simpletuner_dmd.data.encode import Clip
+    from simpletuner_dmd.data.scan import VideoSample
+    from simpletuner_dmd.data.video import VideoInfo
+
+    first: PromptSample = scan.usable[0]  # type: ignore[assignment]
+    rate = assembly.config.framerate
+    info = VideoInfo(first.width, first.height, first.frames, rate, first.frames / rate, 0)
+    crop = CropPlan(first.width, first.height, first.width, first.height, 0, 0)
+    for item in items:
+        sample = VideoSample(scan.settings.id, out / item.name, (item.prompt,), info, crop, first.frames)
+        yield Clip(sample, scan.settings, item.key)
