@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.feature_adversary import FeatureAdversary, build_adversary
 from simpletuner_dmd.distill.losses import per_sample_mean
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Stateless, Turn
 from simpletuner_dmd.distill.phases import (
     Consistency,
     ConsistencyPair,
@@ -59,7 +58,7 @@ class DCMSettings:
     temporal_coherence_lag: int = 3
 
 
-class DCM:
+class DCM(Stateless):
     """The Method. Roles: "student" (the semantic expert), "detail", and "discriminator" where there is an adversary."""
 
     needs_latents = True
@@ -123,14 +122,6 @@ class DCM:
         assert self.adversary is not None
         term = self.adversary.heads_term(self._shared[batch.positions], stream)
         yield NamedLoss("discriminator_loss", term.value, term.metrics)
-
-    # --- resume -----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # every draw and every turn is a function of the step
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def build(parts: Ingredients) -> DCM:

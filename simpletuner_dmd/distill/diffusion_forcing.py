@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from simpletuner_dmd.distill.blocks import BlockPlan
 from simpletuner_dmd.distill.losses import velocity_loss
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, OneRole
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.flow import Batch, Denoiser, SigmaWindow, add_noise
 from simpletuner_dmd.randomness import RandomStream
@@ -33,22 +32,13 @@ class DiffusionForcingSettings:
     caption_dropout_probability: float = 0.0
 
 
-class DiffusionForcing:
+class DiffusionForcing(OneRole):
     """The Method: one role, "student", moved every step by ||v - (e - x0)||^2 with sigma constant within a block."""
 
     needs_latents = True
 
     def __init__(self, student: Denoiser, settings: DiffusionForcingSettings, device: torch.device) -> None:
         self.student, self.settings, self.device = student, settings, device
-
-    def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", self.losses)
-
-    def updates(self, role: str, steps: int) -> int:
-        return steps
-
-    def end_step(self) -> None:
-        pass
 
     def draw_sigma(self, frames: int, stream: RandomStream) -> Tensor:
         """[B, F] fp32: independent per sample and block."""
@@ -65,12 +55,6 @@ class DiffusionForcing:
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
         velocity = self.student.velocity(add_noise(x0, noise, sigma_BF), sigma_BF, text)
         yield NamedLoss("loss", velocity_loss(velocity, x0, noise).mean())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def build(parts: Ingredients) -> DiffusionForcing:

@@ -25,7 +25,7 @@ from simpletuner_dmd.distill.losses import (
     matching_loss,
     velocity_loss,
 )
-from simpletuner_dmd.distill.method import Features, Ingredients, Method, NamedLoss, Turn, linearised
+from simpletuner_dmd.distill.method import Features, Ingredients, Method, NamedLoss, Stateless, Turn, linearised
 from simpletuner_dmd.distill.ode_init import Initialised, OdeInit, OdeInitSettings
 from simpletuner_dmd.distill.rollout import RollOut, Rollout, RolloutSettings, roll_out
 from simpletuner_dmd.distill.text import with_dropped_captions
@@ -70,7 +70,7 @@ class Comparison:
     metrics: dict[str, float]
 
 
-class DMD:
+class DMD(Stateless):
     """The Method. Roles: "student" and "critic"; the teacher never moves.
 
     roll_out: how the student makes its samples; None walks the ladder over the whole clip at once.
@@ -219,14 +219,6 @@ class DMD:
         if self.own_roll_out is not None:
             return self.own_roll_out(batch, stream, with_grad)
         return roll_out(self.student, batch, stream, self.settings.rollout, "rollout", self.device, with_grad)
-
-    # --- resume -----------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # every draw and every turn is a function of the step
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | None = None) -> DMD:

@@ -7,11 +7,10 @@ diffusion form's c_skip and c_out are of no use here. The student is sampled by 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, OneRole
 from simpletuner_dmd.distill.phases import (
     Consistency,
     ConsistencySettings,
@@ -24,7 +23,7 @@ from simpletuner_dmd.flow import Batch, Denoiser
 from simpletuner_dmd.randomness import RandomStream
 
 
-class LCM:
+class LCM(OneRole):
     """The Method: one role, "student", moved every step."""
 
     needs_latents = True
@@ -34,24 +33,9 @@ class LCM:
         self.student, self.target = student, target
         self.consistency = Consistency(teacher, settings, device)
 
-    def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", self.losses)
-
-    def updates(self, role: str, steps: int) -> int:
-        return steps
-
-    def end_step(self) -> None:
-        pass
-
     def losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         pair = self.consistency.pair(self.student, self.target, batch, stream)
         yield NamedLoss("consistency_loss", self.consistency.loss(pair), pair_metrics(pair))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # every draw is a function of the step
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def build(parts: Ingredients) -> LCM:

@@ -7,7 +7,7 @@ so nothing is ever frozen or thawed between a forward and its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -67,6 +67,32 @@ class Method(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Stateless:
+    """A Method whose draws and turns are all functions of the step: a resume needs nothing of it."""
+
+    def end_step(self) -> None:
+        """Nothing was shared between turns."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state, f"unexpected method state {sorted(state)}"
+
+
+class OneRole(Stateless):
+    """A Method that moves the student alone, at every step, by `losses`."""
+
+    def turns(self, step: int) -> Iterator[Turn]:
+        yield Turn("student", self.losses)
+
+    def updates(self, role: str, steps: int) -> int:
+        return steps if role == "student" else 0
+
+    def losses(self, batch: Batch, stream: RandomStream) -> Iterable[NamedLoss]:
+        raise NotImplementedError
 
 
 class Features(Protocol):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from simpletuner_dmd.distill.blocks import BlockPlan
 from simpletuner_dmd.distill.losses import per_sample_mean
-from simpletuner_dmd.distill.method import Ingredients, Method, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, Method, NamedLoss, OneRole, Turn
 from simpletuner_dmd.flow import (
     Batch,
     Denoiser,
@@ -103,22 +103,13 @@ def regression_loss(predicted: Tensor, target: Tensor, huber_c: float | None) ->
     return per_sample_mean(squared if huber_c is None else (squared + huber_c**2).sqrt() - huber_c)
 
 
-class OdeInit:
+class OdeInit(OneRole):
     """The Method: one role, "student", moved every step towards the ends of fresh teacher trajectories."""
 
     needs_latents = False
 
     def __init__(self, teacher: Denoiser, student: Denoiser, settings: OdeInitSettings, device: torch.device) -> None:
         self.teacher, self.student, self.settings, self.device = teacher, student, settings, device
-
-    def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", self.losses)
-
-    def updates(self, role: str, steps: int) -> int:
-        return steps if role == "student" else 0
-
-    def end_step(self) -> None:
-        pass
 
     def draw_rungs(self, frames: int, stream: RandomStream) -> Tensor:
         """The first rung of every sample and block: [B, F], or [B, 1] where the clip is one part."""
@@ -143,12 +134,6 @@ class OdeInit:
             x0 = x0_from_velocity(x_t, self.student.velocity(x_t, sigma, batch.text), sigma)
             loss = regression_loss(x0, path.end, settings.huber_c).mean()
             yield NamedLoss("ode_loss", loss / settings.rungs_per_trajectory)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 class Initialised:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from simpletuner_dmd.distill.feature_adversary import FeatureAdversary, build_adversary
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Stateless, Turn
 from simpletuner_dmd.distill.phases import (
     Consistency,
     ConsistencyPair,
@@ -22,7 +21,7 @@ from simpletuner_dmd.flow import Batch, Denoiser
 from simpletuner_dmd.randomness import RandomStream
 
 
-class PCM:
+class PCM(Stateless):
     """The Method. Roles: "student", and "discriminator" where there is an adversarial term."""
 
     needs_latents = True
@@ -58,12 +57,6 @@ class PCM:
         assert self.adversary is not None
         term = self.adversary.heads_term(self._shared[batch.positions], stream)
         yield NamedLoss("discriminator_loss", term.value, term.metrics)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}  # every draw is a function of the step
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def build(parts: Ingredients) -> PCM:

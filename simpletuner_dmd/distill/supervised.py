@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from simpletuner_dmd.distill.losses import velocity_loss
-from simpletuner_dmd.distill.method import Ingredients, NamedLoss, Turn
+from simpletuner_dmd.distill.method import Ingredients, NamedLoss, OneRole
 from simpletuner_dmd.distill.noise_levels import Beta, Draw, Listed, LogitNormal, NoiseLevels, Uniform
 from simpletuner_dmd.distill.text import with_dropped_captions
 from simpletuner_dmd.flow import TIMESTEPS, Batch, Denoiser, Routing, add_noise
@@ -24,22 +24,13 @@ class SupervisedSettings:
     caption_dropout_probability: float = 0.0
 
 
-class Supervised:
+class Supervised(OneRole):
     """The Method: one role, "student", moved every step by ||v - (e - x0)||^2."""
 
     needs_latents = True
 
     def __init__(self, student: Denoiser, settings: SupervisedSettings, device: torch.device) -> None:
         self.student, self.settings, self.device = student, settings, device
-
-    def turns(self, step: int) -> Iterator[Turn]:
-        yield Turn("student", self.losses)
-
-    def updates(self, role: str, steps: int) -> int:
-        return steps
-
-    def end_step(self) -> None:
-        pass
 
     def losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         assert batch.latents_BCFHW is not None, "supervised training needs latents"
@@ -50,12 +41,6 @@ class Supervised:
         routed = Routing(stream, "tread")
         velocity = self.student.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
         yield NamedLoss("loss", velocity_loss(velocity, x0, noise).mean())
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        assert not state, f"unexpected method state {sorted(state)}"
 
 
 def noise_levels(options: Any) -> NoiseLevels:
