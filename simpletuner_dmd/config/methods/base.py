@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import Options, numbers
 from simpletuner_dmd.config.errors import Problem
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 TIMESTEPS = 1000.0
 WHERE = "distillation_config."
@@ -37,6 +34,60 @@ def ladder_mistake(timesteps: tuple[float, ...]) -> str | None:
     if timesteps[-1] <= 0:
         return "must stay above 0"
     return None
+
+
+class RunOptions(Protocol):
+    """What the checks of a method read of the whole configuration, which is `schema.TrainConfig`."""
+
+    @property
+    def attention_mechanism(self) -> str: ...
+
+    @property
+    def base_model_precision(self) -> str: ...
+
+    @property
+    def caption_dropout_probability(self) -> float: ...
+
+    @property
+    def flow_schedule_shift(self) -> float | None: ...
+
+    @property
+    def global_batch_size(self) -> int: ...
+
+    @property
+    def lora_dropout(self) -> float: ...
+
+    @property
+    def lora_rank(self) -> int: ...
+
+    @property
+    def lora_type(self) -> str: ...
+
+    @property
+    def lycoris_config(self) -> Any: ...
+
+    @property
+    def max_train_steps(self) -> int: ...
+
+    @property
+    def mixed_precision(self) -> str: ...
+
+    @property
+    def model_fields_set(self) -> set[str]: ...
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def use_ema(self) -> bool: ...
+
+    @property
+    def validation_guidance(self) -> float: ...
+
+    @property
+    def validation_num_inference_steps(self) -> int: ...
+
+    def student_timesteps(self) -> tuple[float, ...]: ...
 
 
 class DistillationOptions(Options):
@@ -130,7 +181,7 @@ class DistillationOptions(Options):
         """Blocks that a model of `depth` blocks does not have; `place` is where they were written."""
         return []
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         """Combinations that cannot work. `file` is left empty: the loader knows which file each key came from."""
         found = []
         try:
@@ -151,7 +202,7 @@ class DistillationOptions(Options):
             )  # fmt: skip
         return found
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         """What works, but not as a person might think. One sentence each."""
         found = []
         try:
@@ -217,7 +268,7 @@ class LadderOptions(DistillationOptions):
     def transition(self) -> str:
         return self.renoise
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if self.student_steps is not None and self.model_fields_set & {"dmd_denoising_steps", "warp_denoising_steps"}:
             found.append(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, LadderOptions, steps_list
+from simpletuner_dmd.config.methods.base import (
+    TIMESTEPS,
+    WHERE,
+    DistillationOptions,
+    LadderOptions,
+    RunOptions,
+    steps_list,
+)
 from simpletuner_dmd.config.methods.matching import MatchingOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 
 class BlockOptions(DistillationOptions):
@@ -32,7 +36,7 @@ class BlockOptions(DistillationOptions):
     def blockwise(self) -> bool:
         return True
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         room = self.local_attn_frames - self.sink_frames
         if self.local_attn_frames and room < self.num_frame_per_block:
@@ -92,7 +96,7 @@ class DiffusionForcingConfig(BlockOptions):
     def needs_latents(self) -> bool:
         return True
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if not self.min_timestep_ratio < self.max_timestep_ratio:
             found.append(
@@ -128,7 +132,7 @@ class OdeInitConfig(BlockOptions, LadderOptions):
     def blockwise(self) -> bool:
         return self.causal
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         # A ladder that cannot be walked is a problem already.
         if not found and self.rungs_per_trajectory > (steps := len(config.student_timesteps())):

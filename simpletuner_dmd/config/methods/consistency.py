@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, warp
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, DistillationOptions, RunOptions, warp
 
 WIDE_INTERVAL = 150.0
 """A last interval (timesteps) from which on a single solver step visibly narrows the distribution: at shift 17 and 50
@@ -56,11 +53,11 @@ class ConsistencyOptions(DistillationOptions):
         """The teacher's guidance is built into the student."""
         return self.real_score_guidance_scale not in (0.0, 1.0)
 
-    def last_interval(self, config: TrainConfig) -> float:
+    def last_interval(self, config: RunOptions) -> float:
         """Width, in timesteps, of the grid's interval next to clean, which is its widest."""
         raise NotImplementedError
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if config.caption_dropout_probability and self.guided:
             found.append(
@@ -95,10 +92,10 @@ class TargetOptions(ConsistencyOptions):
             given.setdefault("target", "ema")
         return given
 
-    def last_interval(self, config: TrainConfig) -> float:
+    def last_interval(self, config: RunOptions) -> float:
         return warp(1 / self.num_ddim_timesteps, config.flow_schedule_shift or 1.0)
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if self.target == "ema" and not config.use_ema:
             found.append(

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import numbers
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, LadderOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, LadderOptions, RunOptions
 
 SMALL_BATCH = 16
 
@@ -91,7 +88,7 @@ class CriticOptions(LadderOptions):
     def student_interval(self) -> int:
         return self.generator_update_interval
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if self.fake_score_type == "full" and config.base_model_precision != "no_change":
             found.append(
@@ -121,7 +118,7 @@ class CriticOptions(LadderOptions):
             )  # fmt: skip
         return found
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if config.caption_dropout_probability:
             found.append(

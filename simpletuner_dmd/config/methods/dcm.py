@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, ladder_mistake, steps_list, warp
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, RunOptions, ladder_mistake, steps_list, warp
 from simpletuner_dmd.config.methods.consistency import AdversaryOptions, phase_problem, unwarp
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 PAPER_SPLIT = 0.7  # of the grid: point 35 of 50
 
@@ -158,12 +155,12 @@ class DcmConfig(AdversaryOptions):
     def has_discriminator(self) -> bool:
         return self.adv_weight > 0 and self.mode != "semantic"
 
-    def last_interval(self, config: TrainConfig) -> float:
+    def last_interval(self, config: RunOptions) -> float:
         return warp(1 / self.euler_timesteps, self.dcm_shift)
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         ladder, split = WHERE + self.ladder_key, self._split_problems()
         found = [problem for problem in super().problems(config) if not (split and problem.key == ladder)] + split
         if not split and all(problem.key != ladder for problem in found):
@@ -207,7 +204,7 @@ class DcmConfig(AdversaryOptions):
                 return [phase_problem("euler_timesteps", points, lower)]
         return []
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if "flow_schedule_shift" in config.model_fields_set:
             found.append(

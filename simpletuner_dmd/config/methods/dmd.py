@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE
+from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, RunOptions
 from simpletuner_dmd.config.methods.matching import MatchingOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 BLOCK_KEYS = ("num_frame_per_block", "independent_first_frame", "same_step_across_blocks", "context_noise")
 """They rule students that work block by block; a DMD student makes the whole clip at once."""
@@ -54,7 +51,7 @@ class DmdConfig(MatchingOptions):
     def given_block_keys(self) -> list[str]:
         return [key for key in BLOCK_KEYS if key in self.model_fields_set]
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         begun = self.regression_steps + self.critic_warmup_steps
         if self.regression_steps and config.max_train_steps and begun >= config.max_train_steps:
@@ -66,7 +63,7 @@ class DmdConfig(MatchingOptions):
             )  # fmt: skip
         return found
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if "ode_steps" in self.model_fields_set and not self.regression_steps:
             found.append("ode_steps: no effect, regression_steps is 0.")

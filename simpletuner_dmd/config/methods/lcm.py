@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE, uniform_timesteps
+from simpletuner_dmd.config.methods.base import WHERE, RunOptions, uniform_timesteps
 from simpletuner_dmd.config.methods.consistency import TargetOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 
 class LcmConfig(TargetOptions):
@@ -45,7 +42,7 @@ class LcmConfig(TargetOptions):
     def guided(self) -> bool:
         return self.guidance_min is not None or super().guided
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         low, high = self.guidance_min, self.guidance_max
         if (low is None) != (high is None):
@@ -60,7 +57,7 @@ class LcmConfig(TargetOptions):
             )  # fmt: skip
         return found
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if self.renoise == "ode" and self.student_steps > 1:
             found.append(

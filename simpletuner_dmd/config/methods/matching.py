@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import numbers
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE
+from simpletuner_dmd.config.methods.base import WHERE, RunOptions
 from simpletuner_dmd.config.methods.critic import CriticOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 ANNEALED_SHARE = 0.3  # of the run, after which linear_to_zero has reached 0
 
@@ -119,7 +116,7 @@ class MatchingOptions(CriticOptions):
                     'choose from these, or write "auto"')
         ]  # fmt: skip
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if self.gan_weight and config.max_train_steps and self.gan_start_step >= config.max_train_steps:
             found.append(
@@ -147,7 +144,7 @@ class MatchingOptions(CriticOptions):
     def guided(self) -> bool:
         return self.real_score_guidance_scale not in (0.0, 1.0)
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         for keys, reason in self._idle():
             found.append(f"{', '.join(keys)}: no effect, {reason}.")

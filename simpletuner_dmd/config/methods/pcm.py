@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE, ladder_mistake, steps_list, uniform_timesteps
+from simpletuner_dmd.config.methods.base import WHERE, RunOptions, ladder_mistake, steps_list, uniform_timesteps
 from simpletuner_dmd.config.methods.consistency import AdversaryOptions, TargetOptions, phase_problem, unwarp
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 
 class PcmConfig(AdversaryOptions, TargetOptions):
@@ -48,7 +45,7 @@ class PcmConfig(AdversaryOptions, TargetOptions):
             raise ValueError(f"the ladder {', '.join(f'{step:g}' for step in self.phase_edges)} {mistake}")
         return self.phase_edges
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         if self.phase_edges is not None and "phases" in self.model_fields_set:
             found.append(

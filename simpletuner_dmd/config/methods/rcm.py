@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.errors import Problem
-from simpletuner_dmd.config.methods.base import WHERE, steps_list
+from simpletuner_dmd.config.methods.base import WHERE, RunOptions, steps_list
 from simpletuner_dmd.config.methods.critic import CriticOptions
-
-if TYPE_CHECKING:
-    from simpletuner_dmd.config.schema import TrainConfig
 
 TORCH_ATTENTION = ("diffusers", "native")
 
@@ -96,7 +93,7 @@ class RcmConfig(CriticOptions):
         """As it is at the start, where a learning rate warms up."""
         return 1 if self.tangent_warmup_steps else self.generator_update_interval
 
-    def problems(self, config: TrainConfig) -> list[Problem]:
+    def problems(self, config: RunOptions) -> list[Problem]:
         found = super().problems(config)
         alone, critic = self.tangent_warmup_steps, self.critic_warmup_steps
         if config.max_train_steps and critic < config.max_train_steps <= alone + critic:
@@ -108,7 +105,7 @@ class RcmConfig(CriticOptions):
             )  # fmt: skip
         return found + self._tangent_problems(config)
 
-    def _tangent_problems(self, config: TrainConfig) -> list[Problem]:
+    def _tangent_problems(self, config: RunOptions) -> list[Problem]:
         key, quantised = WHERE + "tangent_method", config.base_model_precision != "no_change"
         if self.tangent_method == "finite_difference":
             if config.mixed_precision == "no":
@@ -126,7 +123,7 @@ class RcmConfig(CriticOptions):
                             "attention has one", 'set "attention_mechanism": "diffusers"')]  # fmt: skip
         return []
 
-    def notices(self, config: TrainConfig) -> list[str]:
+    def notices(self, config: RunOptions) -> list[str]:
         found = super().notices(config)
         if self.tangent_method == "jvp":
             found.append(
