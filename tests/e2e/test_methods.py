@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from simpletuner_dmd.cli.main import main
+from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS
 from tests.e2e.conftest import ProjectMaker
 from tests.support.runs import videos_dataset
 from tests.support.videos import write_small_set
@@ -118,3 +120,40 @@ def test_two_experts_are_shipped_with_their_boundary(make_project: ProjectMaker,
     assert (export / "comfyui" / graph["20"]["inputs"]["lora_name"]).exists()
     low = load_file(export / "diffusers" / "pytorch_lora_weights_low_noise.safetensors")
     assert any("proj_out" in name for name in low) and any("time_embedder" in name for name in low)
+
+
+@pytest.mark.parametrize("student", ["lokr", "full"])
+def test_two_experts_of_other_kinds_are_sampled_and_exported_again(
+    make_project: ProjectMaker, tmp_path: Path, student: str
+) -> None:
+    """The averages of both, as `train` wrote them; and as `export --raw` does, the weights themselves."""
+    options = STUDENTS[student] | {"use_ema": True, "ema_decay": 0.5}
+    project = project_of(make_project, tmp_path, "dcm", **options)
+    assert project.train() == 0
+    run = str(project.output)
+    assert main(["sample", run, "--prompt", "a red circle", "--seed", "7"]) == 0
+    assert len(list((project.output / "samples").rglob("*.mp4"))) == 1
+    for name, arguments in {"again": [], "raw": ["--raw"]}.items():
+        assert main(["export", run, *arguments, "--out", str(tmp_path / name)]) == 0
+    low = {"lokr": "lycoris/*-low-noise.safetensors", "full": "diffusers/*_low_noise.safetensors"}[student]
+    high = {"lokr": "lycoris/*.safetensors", "full": "diffusers/transformer/*.safetensors"}[student]
+    for pattern in (low, high):
+        (first,), (second,), (raw,) = (
+            [load_file(file) for file in sorted(folder.glob(pattern))[:1]]
+            for folder in (project.output / "export", tmp_path / "again", tmp_path / "raw")
+        )
+        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert any(not torch.equal(first[name], raw[name]) for name in first)
+    detail = load_file(next((project.output / "export").glob(low)))
+    assert any("proj_out" in name for name in detail) and any("time_embedder" in name for name in detail)
+    if student == "lokr":
+        layers = {file.name: len({key.partition(".")[0] for key in load_file(file)})
+                  for file in (project.output / "export" / "lycoris").iterdir()}  # fmt: skip
+        assert max(layers.values()) == min(layers.values()) + len(CONDITIONING_TARGETS)
+
+
+def test_two_lycoris_experts_load_back_in_half_precision(make_project: ProjectMaker, tmp_path: Path) -> None:
+    """Wan keeps its time embedder in fp32 in a bf16 base; the detail expert's modules on it are bf16 in a pipeline."""
+    project = project_of(make_project, tmp_path, "dcm", **STUDENTS["lokr"], mixed_precision="bf16")
+    assert project.train() == 0
+    assert project.rows("export")[0]["passed"]
