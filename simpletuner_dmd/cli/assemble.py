@@ -32,7 +32,7 @@ from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
-from simpletuner_dmd.wan.lycoris import LycorisSpec
+from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
 from simpletuner_dmd.wan.tread import Route, routing_line
@@ -193,6 +193,11 @@ class Assembly:
         if config.lora_type == "lycoris":
             assert config.lycoris_config is not None, "filled in by default"
             return LycorisSpec(config.lycoris_config, config.init_lokr_norm)
+        return self._lora
+
+    @property
+    def _lora(self) -> AdapterSpec:
+        config = self.config
         return AdapterSpec(
             rank=config.lora_rank,
             alpha=config.lora_alpha,
@@ -204,11 +209,12 @@ class Assembly:
 
     @property
     def detail_adapter(self) -> AdapterSpec | LycorisSpec:
-        """The low-noise expert: a LoRA on the conditioning layers and the head as well, which alone fit each expert to
-        its noise levels in the parameter-efficient form of the dual-expert paper (arXiv 2506.03123)."""
-        student = self.student_adapter
+        """The low-noise expert: an adapter on the conditioning layers and the head as well, which alone fit each expert
+        to its noise levels in the parameter-efficient form of the dual-expert paper (arXiv 2506.03123). It is a LoRA
+        beside a full student too, and starts at the teacher."""
+        student = self._lora if self.config.model_type == "full" else self.student_adapter
         if isinstance(student, LycorisSpec):
-            return student
+            return LycorisSpec(with_layers(student.options, CONDITIONING_TARGETS))
         targets = (*(student.targets or DEFAULT_TARGETS), *CONDITIONING_TARGETS)
         return AdapterSpec(student.rank, student.alpha, student.init, 0.0, targets)
 

@@ -13,12 +13,13 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
-from simpletuner_dmd.publish.export import export_full, export_lora
+from simpletuner_dmd.publish.export import LowNoiseLora, export_full, export_lora
 from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.load_back import LoadBack, check_export
 from simpletuner_dmd.publish.lycoris import export_lycoris
 from simpletuner_dmd.validation.sampling import Sampler
+from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.loading import load_pipeline
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
@@ -113,7 +114,7 @@ class Shipper:
         info = self.info(data, steps=steps, averaged=averaged)
         adapter = roles.adapters.get("student")
         if adapter is None:
-            export_full(folder, roles.student.transformer, info)
+            export_full(folder, roles.student.transformer, info, low_noise=self._detail_lora(roles))
             return
         formats = ("diffusers", "comfyui") if self.config.lora_format == "both" else (self.config.lora_format,)
         if isinstance(adapter, LycorisSpec):
@@ -126,6 +127,14 @@ class Shipper:
             folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
             low_noise=low_noise,
         )  # fmt: skip
+
+    def _detail_lora(self, roles: Roles) -> LowNoiseLora | None:
+        """The second expert beside a full student."""
+        adapter = roles.adapters.get("detail")
+        if adapter is None:
+            return None
+        assert isinstance(adapter, AdapterSpec), "beside a full student the detail expert is a LoRA"
+        return LowNoiseLora(roles.tensors("detail"), adapter.rank, adapter.alpha)
 
     def _export_lycoris(
         self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: tuple[str, ...]
@@ -141,6 +150,7 @@ class Shipper:
             description=adapter.options.model_dump(mode="json", exclude_defaults=True) | {"algo": adapter.options.algo},
             info=info,
             formats=formats,
+            low_noise=(roles.tensors("detail"), switch.constants("detail")) if "detail" in roles.parameters else None,
         )
 
     def reference(self, roles: Roles, text: TextEmbedding, latent_shape: tuple[int, int, int, int]) -> Reference:
@@ -165,7 +175,9 @@ class Shipper:
         standard = self.config.lora_type == "standard"  # a LyCORIS file is always there
         if self.config.model_type == "lora" and standard and self.config.lora_format == "comfyui":
             return LoadBack(0.0, True, "not compared: only ComfyUI's file was asked for, which stock diffusers is not")
-        transformer = self.assembly.base_transformer(quantised=self.config.model_type == "lora")
+        # A full student replaces the base, but for the second expert, whose adapter sits on the base of training.
+        on_base = self.config.model_type == "lora" or "detail" in self.assembly.adapters()
+        transformer = self.assembly.base_transformer(quantised=on_base)
         pipeline = load_pipeline(self.assembly.source, transformer)
         return check_export(
             pipeline,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from simpletuner_dmd.publish.experts import high_noise_steps, low_noise_files
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice
 from simpletuner_dmd.publish.snippets import load_snippet
@@ -16,7 +17,7 @@ def model_card(
 ) -> str:
     """Markdown with YAML front matter. comfyui_file: the name under comfyui/, None where it was not written."""
     sections = [
-        f"---\n{_yaml(front_matter(info))}---\n",
+        f"---\n{_yaml(front_matter(info, comfyui=comfyui_file is not None))}---\n",
         f"# {info.run_name}\n",
         _summary(info),
         info.note and f"{info.note}\n",
@@ -29,10 +30,13 @@ def model_card(
     return "\n".join(section for section in sections if section)
 
 
-def front_matter(info: ExportInfo) -> dict[str, Any]:
-    """What the Hub reads. One `base_model` in diffusers layout: its copied snippet breaks on a list."""
+def front_matter(info: ExportInfo, *, comfyui: bool) -> dict[str, Any]:
+    """What the Hub reads. One `base_model` in diffusers layout: its copied snippet breaks on a list.
+
+    comfyui: there is a file for ComfyUI.
+    """
     tags = ["text-to-video", "diffusers", "wan", *(["lora"] if info.model_type == "lora" else [])]
-    tags += ["comfyui", "template:sd-lora"] if info.model_type == "lora" else []
+    tags += ["comfyui", "template:sd-lora"] if comfyui else []
     tags += ["lycoris"] if info.lycoris else []
     tags += ["distillation"] if info.schedule.ladder else []
     matter: dict[str, Any] = {"license": info.licence, "library_name": "diffusers", "pipeline_tag": "text-to-video"}
@@ -56,6 +60,15 @@ def _summary(info: ExportInfo) -> str:
     if not info.schedule.ladder:
         return f"{text}, trained with SimpleTuner-DMD.\n"
     steps = f"{info.steps} step" + ("s" if info.steps > 1 else "")
+    if info.blocks is not None:
+        return (f"{text} that makes a video block by block, each in **{steps}** without guidance, and yields blocks as "
+                f"they are finished. Distilled with {info.method.upper() or 'SimpleTuner-DMD'}.\n")  # fmt: skip
+    if info.boundary:
+        adapters = "LyCORIS networks" if info.lycoris else "LoRAs"
+        kind = f"A full network for high noise and a LoRA on `{info.base_name}` for low noise" \
+            if info.model_type == "full" else f"Two {adapters} for `{info.base_name}`, one for high and one for low " \
+            "noise,"  # fmt: skip
+        text = f"{kind} (two experts)"
     return (f"{text} that makes a video in **{steps}** without guidance: one forward of the network per step. "
             f"Distilled with {info.method.upper() or 'SimpleTuner-DMD'}.\n")  # fmt: skip
 
@@ -65,6 +78,8 @@ def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
         rows = [("steps", str(info.steps)), ("guidance_scale", f"{info.guidance:g}"),
                 ("shift", f"{info.schedule.shift:g}")]  # fmt: skip
         return f"## Settings\n\n{_table(rows)}"
+    if info.blocks is not None:
+        return f"## Settings\n\n{_table(_block_rows(info))}"
     scheduler = f"`{type(choice.scheduler).__name__}` from `diffusers/scheduler`"
     if choice.needs_sampler_file:
         scheduler = (f"`few_step_scheduler()` from `sampler.py`. No stock config gives this ladder: the one in "
@@ -80,6 +95,7 @@ def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
         ("sampler", f"{meaning}. The sampler is part of the model: the other one gives different videos"),
         ("scheduler", scheduler),
         ("LoRA strength", "1.0") if info.model_type == "lora" else ("weights", "`diffusers/transformer`"),
+        *([("experts", _experts(info))] if info.boundary else []),
         ("max_sequence_length", str(info.tokenizer_max_length)),
     ]
     seed = ("\nThe re-noising draws from torch's global generator: call `torch.manual_seed` for a repeatable result.\n"
@@ -87,11 +103,42 @@ def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
     return f"## Settings\n\n{_table(rows)}{seed}"
 
 
+def _experts(info: ExportInfo) -> str:
+    """Which of the two works when, and who switches."""
+    first, steps = high_noise_steps(info), info.steps
+    switch = "the pipeline switches (`boundary_ratio`)" if info.model_type == "full" else \
+        "`switch_expert` from `sampler.py` switches; without it the high-noise expert makes every step"  # fmt: skip
+    return f"high noise: the first {first} of {steps} steps, from sigma {info.boundary:.6g} upwards; low noise: the " \
+           f"others. {switch}"  # fmt: skip
+
+
+def _block_rows(info: ExportInfo) -> list[tuple[str, str]]:
+    """No pipeline arguments: its call denoises whole clips."""
+    blocks = info.blocks
+    assert blocks is not None
+    noise = "fresh noise before every further step" if info.renoise == "sde" else "deterministic, no new noise"
+    alone = ", the first of one frame" if blocks.independent_first_frame else ""
+    return [
+        ("sampler", f"`make_video` and `blocks_of` from `sampler.py`: {noise}. The call of `WanPipeline`, and graphs "
+         "of other programs, denoise whole clips at once, which this student has not learned"),
+        ("blocks", f"{blocks.num_frame_per_block} latent frames{alone}; {info.steps} forwards per block, and one more "
+         "for what later blocks see of it"),
+        ("guidance", "none; a negative prompt has no effect"),
+        ("timesteps", ladder_text(info)),
+        ("sigmas", ", ".join(decimals(sigma) for sigma in (*info.schedule.ladder, 0.0)) + " (already shifted)"),
+        ("LoRA strength", "1.0") if info.model_type == "lora" else ("weights", "`diffusers/transformer`"),
+        ("max_sequence_length", str(info.tokenizer_max_length)),
+    ]  # fmt: skip
+
+
 def _comfyui(info: ExportInfo, choice: SchedulerChoice, comfyui_file: str) -> str:
     sampler = "uni_pc" if choice.name == "unipc" else choice.name
+    files = f"`comfyui/{comfyui_file}`"
+    if info.boundary:
+        files += f" and `{low_noise_files(info)['comfyui']}`"
     lines = [
         "## Use it with ComfyUI\n",
-        f"Put `comfyui/{comfyui_file}` into `models/loras` and open `comfyui/workflow.json` (sampler `{sampler}`, "
+        f"Put {files} into `models/loras` and open `comfyui/workflow.json` (sampler `{sampler}`, "
         "strength 1.0" + (", cfg 1.0, the sigmas of the table)." if info.schedule.ladder else ")."),
         f"The base in the graph is called `{base_file(info)}`; choose your own name of it.",
     ]
@@ -123,7 +170,7 @@ def _teacher_lora(info: ExportInfo) -> str:
     lora = info.teacher_lora
     if lora is None:
         return ""
-    first = ": load it first, as above" if info.model_type == "lora" else ""
+    first = ": load it first, as above" if info.model_type == "lora" or info.boundary else ""
     return f"`{lora.file}` at strength {lora.strength:g}{first}"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 from simpletuner_dmd.publish.info import ExportInfo, ladder_text
-from simpletuner_dmd.publish.snippets import load_lines
+from simpletuner_dmd.publish.snippets import MOVED, load_lines, loading_imports
 from simpletuner_dmd.validation.sampling import BlockSampling
 
 _SAMPLER = '''\
@@ -110,19 +110,25 @@ def blocks_of(transformer, noise, text):
             block.attn1.set_processor(WanAttnProcessor())
 
 
-if __name__ == "__main__":
-    export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
-{load}
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
-    text, _ = pipe.encode_prompt(sys.argv[1], do_classifier_free_guidance=False, max_sequence_length={length})
+def make_video(pipe, prompt, width={width}, height={height}, frames={frames}):
+    """Frames [F, H, W, 3] of 0 to 1; the noise is that of torch's global generator."""
+    text, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length={length})
     vae, device = pipe.vae, pipe._execution_device
-    torch.manual_seed(42)
-    shape = (1, {channels}, {latent_frames}, {height} // {spatial}, {width} // {spatial})
+    shape = (1, {channels}, (frames - 1) // {temporal} + 1, height // {spatial}, width // {spatial})
     latents = torch.cat(list(blocks_of(pipe.transformer, torch.randn(shape, device=device), text)), 2)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
                  for values in (vae.config.latents_mean, vae.config.latents_std))
-    video = pipe.video_processor.postprocess_video(vae.decode((latents * std + mean).to(vae.dtype)).sample)[0]
-    export_to_video(video, sys.argv[2], fps={fps:g})
+    with torch.no_grad():
+        decoded = vae.decode((latents * std + mean).to(vae.dtype)).sample
+    return pipe.video_processor.postprocess_video(decoded)[0]
+
+
+if __name__ == "__main__":
+    export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
+{load}
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu"){moved}
+    torch.manual_seed(42)
+    export_to_video(make_video(pipe, sys.argv[1]), sys.argv[2], fps={fps:g})
 '''
 
 
@@ -133,9 +139,10 @@ def causal_sampler_file(info: ExportInfo, blocks: BlockSampling, latent_channels
     return _SAMPLER.format(
         name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
         ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name),
-        load=load_lines(info), imports=", WanTransformer3DModel" if info.model_type == "full" else "",
+        load=load_lines(info), imports=loading_imports(info),
+        moved=f"\n    {MOVED}" if info.lycoris else "",
         block=blocks.num_frame_per_block, first=blocks.independent_first_frame, context=blocks.context_noise / 1000,
         sink=blocks.sink_frames, local=blocks.local_attn_frames, length=info.tokenizer_max_length,
-        channels=latent_channels, latent_frames=(frames - 1) // temporal + 1, width=width, height=height,
+        channels=latent_channels, temporal=temporal, frames=frames, width=width, height=height,
         spatial=spatial, fps=info.framerate,
     )  # fmt: skip

@@ -15,7 +15,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from simpletuner_dmd.durable import write_folder, write_json, write_text, write_
 from simpletuner_dmd.publish.card import model_card
 from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key, to_diffusers
-from simpletuner_dmd.publish.experts import experts_document, experts_sampler_file, low_noise_files
+from simpletuner_dmd.publish.experts import LOW_NOISE_METADATA, experts_document, experts_sampler_file, low_noise_files
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
 from simpletuner_dmd.publish.schedulers import SchedulerChoice, scheduler_for
 from simpletuner_dmd.publish.snippets import LORA_FILE, load_snippet, sampler_file
@@ -81,37 +81,64 @@ def export_lora(
         "rank": rank,
         "alpha": rank,
         "trained_alpha": alpha,
-        "files": [str(p.relative_to(directory)) for p in written if p.suffix == ".safetensors"],
+        "files": _relative(directory, written),
     }
     if low_noise is not None:
-        low = {key: tensor.to(dtype).contiguous()
-               for key, tensor in to_diffusers(low_noise, rank=rank, alpha=alpha).items()}  # fmt: skip
-        for dialect, name in low_noise_files(info).items():
-            if dialect in formats:
-                tensors = low
-                if dialect == "comfyui":
-                    tensors = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): low[key] for key in low}
-                metadata = {
-                    "format": "pt",
-                    **own_metadata(info, choice, dialect),
-                    "simpletuner_dmd.expert": "low noise",
-                }
-                written.append(save(directory / name, tensors, metadata))
+        low = _save_low_noise(directory, LowNoiseLora(low_noise, rank, alpha), info, choice, formats, dtype)
+        adapter["low_noise_files"] = _relative(directory, low)
+        written += low
     return written + describe(directory, info, choice, dtype_name(dtype), comfyui_file, adapter)
 
 
-def export_full(directory: Path, transformer: Any, info: ExportInfo) -> list[Path]:
+@dataclass(frozen=True)
+class LowNoiseLora:
+    """The second expert of a two-expert student as a LoRA: PEFT names without prefix, as for `export_lora`."""
+
+    tensors: Mapping[str, Tensor]
+    rank: int
+    alpha: float
+
+
+def _save_low_noise(directory: Path, lora: LowNoiseLora, info: ExportInfo, choice: SchedulerChoice,
+                    formats: Sequence[str], dtype: torch.dtype) -> list[Path]:  # fmt: skip
+    folded = {key: tensor.to(dtype).contiguous()
+              for key, tensor in to_diffusers(lora.tensors, rank=lora.rank, alpha=lora.alpha).items()}  # fmt: skip
+    written = []
+    for dialect in formats:
+        tensors = folded
+        if dialect == "comfyui":
+            tensors = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): folded[key] for key in folded}
+        metadata = {"format": "pt", **own_metadata(info, choice, dialect), **LOW_NOISE_METADATA}
+        written.append(save(directory / low_noise_files(info)[dialect], tensors, metadata))
+    return written
+
+
+def _relative(directory: Path, written: Sequence[Path]) -> list[str]:
+    return [str(path.relative_to(directory)) for path in written if path.suffix == ".safetensors"]
+
+
+def export_full(
+    directory: Path, transformer: Any, info: ExportInfo, *, low_noise: LowNoiseLora | None = None
+) -> list[Path]:
     """Writes a full student. transformer: a diffusers model, or a callable that saves one into the folder it is given
-    (a sharded student is gathered by its owner)."""
-    save: Callable[[Path], Any] = getattr(transformer, "save_pretrained", transformer)
+    (a sharded student is gathered by its owner). low_noise: the second expert, a LoRA on the base."""
+    save_student: Callable[[Path], Any] = getattr(transformer, "save_pretrained", transformer)
 
     def write(folder: Path) -> None:
-        save(folder)
+        save_student(folder)
 
     choice = scheduler_for(info.schedule, info.renoise)
     folder = write_folder(directory / "diffusers" / "transformer", write)
     dtype = getattr(transformer, "dtype", None)
-    return [folder, *describe(directory, info, choice, dtype_name(dtype) if dtype else "as saved", None, {})]
+    low: list[Path] = []
+    adapter: dict[str, Any] = {}
+    if low_noise is not None:
+        # Beside a full copy its size does not matter: it is kept as precise.
+        low = _save_low_noise(directory, low_noise, info, choice, ("diffusers",), dtype or torch.float32)
+        adapter = {"rank": low_noise.rank, "alpha": low_noise.rank, "trained_alpha": low_noise.alpha, "files": [],
+                   "low_noise_files": _relative(directory, low)}  # fmt: skip
+    name = dtype_name(dtype) if dtype else "as saved"
+    return [folder, *low, *describe(directory, info, choice, name, None, adapter)]
 
 
 def describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights_dtype: str,

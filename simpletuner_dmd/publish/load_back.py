@@ -20,9 +20,9 @@ from torch import Tensor
 
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key
+from simpletuner_dmd.publish.experts import HIGH, LOW
 from simpletuner_dmd.publish.lycoris import to_comfyui
 from simpletuner_dmd.publish.schedulers import ladder_error
-from simpletuner_dmd.publish.snippets import LORA_FILE
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """By the coarser of the precisions that weights are stored in and the base computes in. The stock pipeline rounds the
@@ -68,11 +68,12 @@ def check_export(
     try:
         _compare_dialects(export_dir, document)
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
-        with _student(pipeline, export_dir, document), _swapped(pipeline, "scheduler", scheduler):
+        experts = _load_sampler(export_dir / "sampler.py") if document["experts"] else None
+        with _student(pipeline, export_dir, document, experts), _swapped(pipeline, "scheduler", scheduler):
             if document["blocks"] is not None:
                 latents = _sample_blocks(pipeline, export_dir, prompt_embeds, shape, seed)
             else:
-                switch = _load_sampler(export_dir / "sampler.py").switch_expert if document["experts"] else None
+                switch = getattr(experts, "switch_expert", None)  # a full one is switched by the pipeline itself
                 latents = _sample(
                     pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length, switch
                 )
@@ -155,8 +156,12 @@ def _sample(
 
 
 @contextmanager
-def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Iterator[None]:
-    """The exported weights in the pipeline, and out of it again."""
+def _student(pipeline: Any, export_dir: Path, document: dict[str, Any], experts: Any) -> Iterator[None]:
+    """The exported weights in the pipeline, and out of it again. experts: sampler.py of a two-expert student."""
+    if experts is not None:
+        with _two_experts(pipeline, export_dir, document, experts):
+            yield
+        return
     folder = export_dir / "diffusers"
     if document["model_type"] == "full":
         former = pipeline.transformer
@@ -169,10 +174,6 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
     file = export_dir / document["adapter"]["files"][0]
     if document["adapter"].get("kind") == "lycoris":
         with _lycoris(pipeline.transformer, file):
-            yield
-        return
-    if document["experts"]:
-        with _experts(pipeline, export_dir):
             yield
         return
     try:
@@ -189,16 +190,29 @@ def _student(pipeline: Any, export_dir: Path, document: dict[str, Any]) -> Itera
 
 
 @contextmanager
-def _experts(pipeline: Any, export_dir: Path) -> Iterator[None]:
-    """Both LoRAs of a two-expert student, loaded by the function that its sampler.py gives users."""
+def _two_experts(pipeline: Any, export_dir: Path, document: dict[str, Any], sampler: Any) -> Iterator[None]:
+    """Both experts of a student, loaded by the function that its sampler.py gives users."""
+    former, lycoris = pipeline.transformer, (document["adapter"] or {}).get("kind") == "lycoris"
     try:
-        _load_sampler(export_dir / "sampler.py").load_experts(pipeline, str(export_dir / "diffusers"))
-    except (ValueError, KeyError, RuntimeError) as error:
-        raise _Unfit(f"diffusers refuses an expert: {error}") from error
+        sampler.load_experts(pipeline, export_dir)
+        if lycoris:
+            for expert in (LOW, HIGH):  # made when it is put on: a file that does not fit is found here
+                sampler.put_on(pipeline, expert)
+    except (AssertionError, ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
+        raise _Unfit(f"an expert is refused: {error}") from error
     try:
+        # Keys that diffusers does not know are only a log line.
+        found = {name for names in pipeline.get_list_adapters().values() for name in names}
+        wanted = set() if lycoris else {LOW} if document["model_type"] == "full" else {HIGH, LOW}
+        if found != wanted:
+            raise _Unfit(f"diffusers found the adapters {sorted(found)} instead of {sorted(wanted)}")
         yield
     finally:
+        if lycoris:
+            sampler.put_on(pipeline, None)
         pipeline.unload_lora_weights()
+        pipeline.register_modules(transformer=former, transformer_2=None)
+        pipeline.register_to_config(boundary_ratio=None)
 
 
 @contextmanager
@@ -233,39 +247,30 @@ def _swapped(pipeline: Any, name: str, component: Any) -> Iterator[None]:
 
 
 def _compare_dialects(export_dir: Path, document: dict[str, Any]) -> None:
-    """The ComfyUI file holds the same factors under its names, so the same delta weights; and no alpha."""
-    if (document["adapter"] or {}).get("kind") == "lycoris":
-        _compare_lycoris(export_dir, document)
-        return
-    files = [export_dir / name for name in (document["adapter"] or {}).get("files", [])]
-    for file in files:
-        if not file.exists():
-            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
-    if len(files) < 2:
-        return
-    ours, theirs = load_file(files[0]), load_file(files[1])
-    expected = {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): key for key in ours}
-    if expected.keys() != theirs.keys():
-        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as {LORA_FILE}")
-    for name, key in expected.items():
-        if not torch.equal(theirs[name], ours[key]):
-            raise _Unfit(f"comfyui/{files[1].name} differs from {LORA_FILE} at {name}")
+    """Every file is there, and ComfyUI's holds the same factors under its names, so the same change of the weights.
+
+    It has no alpha: ComfyUI takes alpha = rank where a file has none, which the files were made for.
+    """
+    adapter = document["adapter"] or {}
+    for entry in ("files", "low_noise_files"):
+        files = [export_dir / name for name in adapter.get(entry, [])]
+        for file in files:
+            if not file.exists():
+                raise _Unfit(f"{file.relative_to(export_dir)} is missing")
+        if len(files) > 1:
+            _compare_files(files[0], files[1], lycoris=adapter.get("kind") == "lycoris")
 
 
-def _compare_lycoris(export_dir: Path, document: dict[str, Any]) -> None:
-    """The same of a LyCORIS export; ComfyUI takes alpha = rank where a file has none, which this file was made for."""
-    files = [export_dir / name for name in document["adapter"]["files"]]
-    for file in files:
-        if not file.exists():
-            raise _Unfit(f"{file.relative_to(export_dir)} is missing")
-    if len(files) < 2:
-        return
-    expected, theirs = to_comfyui(load_file(files[0])), load_file(files[1])
-    if expected is None or expected.keys() != theirs.keys():
-        raise _Unfit(f"comfyui/{files[1].name} does not name the same modules as lycoris/{files[0].name}")
-    for name, tensor in expected.items():
-        if not torch.equal(theirs[name], tensor):
-            raise _Unfit(f"comfyui/{files[1].name} differs from lycoris/{files[0].name} at {name}")
+def _compare_files(ours: Path, theirs: Path, *, lycoris: bool) -> None:
+    tensors, found = load_file(ours), load_file(theirs)
+    expected = to_comfyui(tensors) if lycoris else \
+        {comfyui_key(key.removeprefix(DIFFUSERS_PREFIX)): tensor for key, tensor in tensors.items()}  # fmt: skip
+    name, own = f"comfyui/{theirs.name}", f"lycoris/{ours.name}" if lycoris else ours.name
+    if expected is None or expected.keys() != found.keys():
+        raise _Unfit(f"{name} does not name the same modules as {own}")
+    for key, tensor in expected.items():
+        if not torch.equal(found[key], tensor):
+            raise _Unfit(f"{name} differs from {own} at {key}")
 
 
 def _load_sampler(path: Path) -> Any:

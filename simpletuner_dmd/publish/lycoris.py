@@ -18,10 +18,11 @@ from torch import Tensor
 
 from simpletuner_dmd.durable import write_json
 from simpletuner_dmd.publish.dialects import COMFYUI_PREFIX, comfyui_module, module_names
+from simpletuner_dmd.publish.experts import LOW_NOISE_METADATA, low_noise_files
 from simpletuner_dmd.publish.export import SMALL_BYTES, describe, dtype_name, foreign_metadata, own_metadata, save
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.schedulers import scheduler_for
-from simpletuner_dmd.publish.workflow import comfyui_workflow
+from simpletuner_dmd.publish.workflow import comfyui_workflow, two_expert_workflow
 
 PREFIX = "lycoris_"
 ALPHA = "alpha"
@@ -126,16 +127,17 @@ def export_lycoris(
     info: ExportInfo,
     formats: Sequence[str] = ("comfyui",),
     dtype: torch.dtype | None = None,
+    low_noise: tuple[Mapping[str, Tensor], Mapping[str, float]] | None = None,
 ) -> list[Path]:
     """Writes lycoris/<run>.safetensors, comfyui/<run>.safetensors where asked for and possible, and what is beside.
 
     tensors, alphas, multiplier: see `folded`. rank: the network's, for readers of metadata. description: the options
-    it was made with. dtype: as in `export_lora`. Returns what was written.
+    it was made with. dtype: as in `export_lora`. low_noise: tensors and alphas of the second network of a two-expert
+    student, of the same options. Returns what was written.
     """
     whole = folded(tensors, alphas, multiplier)
     dtype = dtype or (torch.float32 if sum(t.numel() * 4 for t in whole.values()) < SMALL_BYTES else torch.bfloat16)
-    # An alpha stays exact: bf16 has no 301.
-    whole = {key: t if key.endswith(f".{ALPHA}") else t.to(dtype).contiguous() for key, t in whole.items()}
+    whole = _stored(whole, dtype)
     comfyui = to_comfyui(whole) if "comfyui" in formats else None
     choice = scheduler_for(info.schedule, info.renoise)
     file_name = f"{info.file_name}.safetensors"
@@ -150,6 +152,8 @@ def export_lycoris(
         metadata = {"format": "pt", **own_metadata(info, choice, "comfyui"), **foreign}
         written.append(save(directory / "comfyui" / file_name, comfyui, metadata))
         graph = comfyui_workflow(info, file_name, choice.name)
+        if low_noise is not None:
+            graph = two_expert_workflow(graph, info, low_noise_files(info)["comfyui"].name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
         "kind": "lycoris",
@@ -157,7 +161,26 @@ def export_lycoris(
         "files": [str(path.relative_to(directory)) for path in written if path.suffix == ".safetensors"],
     }
     comfyui_file = file_name if comfyui is not None else None
+    if low_noise is not None:
+        low = _save_low_noise(directory, _stored(folded(*low_noise, multiplier), dtype), info, comfyui is not None)
+        adapter["low_noise_files"] = [str(path.relative_to(directory)) for path in low]
+        written += low
     return written + describe(directory, info, choice, dtype_name(dtype), comfyui_file, adapter)
+
+
+def _save_low_noise(directory: Path, tensors: dict[str, Tensor], info: ExportInfo, comfyui: bool) -> list[Path]:
+    choice, files = scheduler_for(info.schedule, info.renoise), low_noise_files(info)
+    metadata = {"format": "pt", **own_metadata(info, choice, "lycoris"), **LOW_NOISE_METADATA}
+    written = [save(directory / files["lycoris"], tensors, metadata)]
+    if comfyui and (renamed := to_comfyui(tensors)) is not None:
+        metadata = {"format": "pt", **own_metadata(info, choice, "comfyui"), **LOW_NOISE_METADATA}
+        written.append(save(directory / files["comfyui"], renamed, metadata))
+    return written
+
+
+def _stored(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """In the dtype of the file, but for alphas, which stay exact: bf16 has no 301."""
+    return {key: t if key.endswith(f".{ALPHA}") else t.to(dtype).contiguous() for key, t in tensors.items()}
 
 
 def _carrier(module: Mapping[str, Tensor]) -> tuple[tuple[str, ...], tuple[str, int] | None] | None:

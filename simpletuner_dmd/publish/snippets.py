@@ -43,7 +43,7 @@ def load_lines(info: ExportInfo) -> str:
     if info.model_type == "full":
         return ('    student = WanTransformer3DModel.from_pretrained(export / "transformer", dtype=torch.bfloat16)\n'
                 "    pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)")  # fmt: skip
-    base = ["pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)", *_teacher_lines(info)]
+    base = ["pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)", *teacher_lines(info)]
     file = f'export.parent / "lycoris" / "{info.file_name}.safetensors"'
     student = [_lycoris_line(f"str({file})")] if info.lycoris else \
         [f'pipe.load_lora_weights(export, weight_name="{LORA_FILE}")']  # fmt: skip
@@ -58,14 +58,25 @@ def sampler_file(info: ExportInfo) -> str:
         ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name),
         load=load_lines(info),
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
-        imports=", WanTransformer3DModel" if info.model_type == "full" else
-        "\nfrom lycoris import create_lycoris_from_weights" if info.lycoris else "",
-        moved=f"\n    {_MOVED}" if info.lycoris else "", width=width, height=height, frames=frames,
+        imports=loading_imports(info),
+        moved=f"\n    {MOVED}" if info.lycoris else "", width=width, height=height, frames=frames,
         length=info.tokenizer_max_length, fps=info.framerate,
     )  # fmt: skip
 
 
-def _teacher_lines(info: ExportInfo) -> list[str]:
+LYCORIS_IMPORT = "from lycoris import create_lycoris_from_weights"
+
+
+def full_import(info: ExportInfo) -> str:
+    return ", WanTransformer3DModel" if info.model_type == "full" else ""
+
+
+def loading_imports(info: ExportInfo) -> str:
+    """What `load_lines` need, after "from diffusers import WanPipeline"."""
+    return full_import(info) + (f"\n{LYCORIS_IMPORT}" if info.lycoris else "")
+
+
+def teacher_lines(info: ExportInfo) -> list[str]:
     """The fine-tune that was part of the base, merged in as it was in training."""
     if info.teacher_lora is None:
         return []
@@ -75,7 +86,7 @@ def _teacher_lines(info: ExportInfo) -> list[str]:
 
 
 # lycoris' modules are no part of the pipeline: `pipe.to` leaves them where they were.
-_MOVED = "network.to(pipe.device, pipe.dtype)"
+MOVED = "network.to(pipe.device, pipe.dtype)"
 
 
 def _lycoris_line(file: str) -> str:
@@ -84,6 +95,8 @@ def _lycoris_line(file: str) -> str:
 
 def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     """The lines to copy. They read a Hub repository and a local export folder alike."""
+    if info.boundary or info.blocks is not None:
+        return _own_sampler_snippet(info)
     scheduler = type(choice.scheduler).__name__
     names = ["WanPipeline"] if choice.needs_sampler_file else [scheduler, "WanPipeline"]
     names += ["WanTransformer3DModel"] if info.model_type == "full" else []
@@ -92,7 +105,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
-        *(["from lycoris import create_lycoris_from_weights  # pip install lycoris-lora"] if info.lycoris else []),
+        *([LYCORIS_IMPORT + "  # pip install lycoris-lora"] if info.lycoris else []),
         "from diffusers.utils import export_to_video",
         *(["from huggingface_hub import hf_hub_download"] if info.lycoris and info.hub_repo else []),
         *(["from sampler import few_step_scheduler  # sampler.py of this repository"]
@@ -110,7 +123,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     elif info.lycoris:
         lines += [
             "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
-            *_teacher_lines(info),
+            *teacher_lines(info),
             *(['file = hf_hub_download(source, "lycoris/' + info.file_name + '.safetensors")'] if info.hub_repo else
               ['file = source + "/lycoris/' + info.file_name + '.safetensors"']),
             _lycoris_line("file"),
@@ -118,7 +131,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     else:
         lines += [
             "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
-            *_teacher_lines(info),
+            *teacher_lines(info),
             f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}")',
             "assert pipe.get_active_adapters()  # a file that does not fit loads without an error",
         ]
@@ -126,7 +139,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         "pipe.scheduler = few_step_scheduler()" if choice.needs_sampler_file else
         f'pipe.scheduler = {scheduler}.from_pretrained(source, subfolder="diffusers/scheduler")',
         'pipe.to("cuda")',
-        *([_MOVED] if info.lycoris else []),
+        *([MOVED] if info.lycoris else []),
         "torch.manual_seed(42)  # also the noise between the steps, which `generator=` does not reach"
         if choice.name == "lcm" else "torch.manual_seed(42)",
         f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "
@@ -136,3 +149,53 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _own_sampler_snippet(info: ExportInfo) -> str:
+    """The lines of a student that the plain pipeline call cannot sample: sampler.py's own functions do."""
+    width, height, frames = info.size
+    prompt, blockwise = json.dumps(info.prompt, ensure_ascii=False), info.blocks is not None
+    names = ["few_step_scheduler", "load_experts", *(["switch_expert"] if info.model_type == "lora" else [])]
+    lines = [
+        "import sys",
+        *(["from pathlib import Path"] if blockwise else []),
+        "import torch",
+        f"from diffusers import WanPipeline{full_import(info) if blockwise else ''}",
+        *([LYCORIS_IMPORT + "  # pip install lycoris-lora"] if info.lycoris and blockwise else []),
+        "from diffusers.utils import export_to_video",
+        *(["from huggingface_hub import snapshot_download"] if info.hub_repo else []),
+        "",
+        f"source = snapshot_download({json.dumps(info.hub_repo)})" if info.hub_repo else
+        'source = "path/to/export"  # the export folder',
+        f"base = {json.dumps(info.base_name)}",
+        "sys.path.insert(0, source)  # sampler.py is beside the weights",
+    ]  # fmt: skip
+    if blockwise:
+        return "\n".join([
+            *lines,
+            "from sampler import make_video",
+            "",
+            'export = Path(source) / "diffusers"',
+            *(line.removeprefix("    ") for line in load_lines(info).splitlines()),
+            'pipe.to("cuda")',
+            *([MOVED] if info.lycoris else []),
+            "torch.manual_seed(42)",
+            f"video = make_video(pipe, {prompt}, width={width}, height={height}, frames={frames})",
+            f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
+        ]) + "\n"  # fmt: skip
+    callback = ", callback_on_step_end=switch_expert" if info.model_type == "lora" else ""
+    return "\n".join([
+        *lines,
+        f"from sampler import {', '.join(names)}" + ("  # needs lycoris-lora" if info.lycoris else ""),
+        "",
+        "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
+        *teacher_lines(info),
+        'pipe.to("cuda")',
+        "load_experts(pipe, source)",
+        "pipe.scheduler = few_step_scheduler()",
+        "torch.manual_seed(42)",
+        f"video = pipe({prompt}, width={width}, height={height}, num_frames={frames},",
+        f"             num_inference_steps={info.steps}, guidance_scale=1.0,"
+        f" max_sequence_length={info.tokenizer_max_length}{callback}).frames[0]",
+        f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
+    ]) + "\n"  # fmt: skip

@@ -65,7 +65,8 @@ def two_expert_workflow(graph: dict[str, Node], info: ExportInfo, low_noise_file
     first = sum(sigma >= info.boundary for sigma in info.schedule.ladder)
     return {
         **graph,
-        "20": _node("LoraLoaderModelOnly", model=["1", 0], lora_name=low_noise_file, strength_model=1.0),
+        "20": _node("LoraLoaderModelOnly", model=graph["2"]["inputs"]["model"], lora_name=low_noise_file,
+                    strength_model=1.0),
         "21": _node("SplitSigmas", sigmas=["9", 0], step=first),
         "22": _node("BasicGuider", model=["20", 0], conditioning=["4", 0]),
         "23": _node("DisableNoise"),

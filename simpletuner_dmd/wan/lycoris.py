@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.config.lycoris import KEY, WEIGHT_ALGOS, LycorisModuleOptions, LycorisOptions
+from simpletuner_dmd.config.lycoris import KEY, ROTATIONS, WEIGHT_ALGOS, LycorisModuleOptions, LycorisOptions
 from simpletuner_dmd.randomness import derive_seed
 from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
 
@@ -42,6 +42,21 @@ class LycorisSpec:
 
     options: LycorisOptions
     init_norm: float | None = None
+
+
+def with_layers(options: LycorisOptions, names: Sequence[str]) -> LycorisOptions:
+    """The options with these layers as targets too, apart from those that the preset excludes.
+
+    As they are where one algorithm is a rotation: its block size was chosen for the layers of the preset, and need not
+    divide others.
+    """
+    if options.algos & set(ROTATIONS):
+        return options
+    preset = options.apply_preset
+    # A plain name is a shell pattern as it is. As a regular expression, its end is what keeps longer names out.
+    patterns = list(names) if preset.use_fnmatch else [re.escape(name) + "$" for name in names]
+    extended = preset.model_copy(update={"target_name": [*preset.target_name, *patterns]})
+    return options.model_copy(update={"apply_preset": extended})
 
 
 class FloatWeight:

@@ -3,7 +3,7 @@
 import pytest
 
 from simpletuner_dmd.config import METHODS, DatasetEntry, DmdConfig, TrainConfig, VideoOptions, frames_4n1
-from simpletuner_dmd.config.rules import combination_notices
+from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, DATASET_ABSENT_KEYS, METHOD_ABSENT_KEYS
 from simpletuner_dmd.flow import uniform_ladder
 
@@ -136,3 +136,12 @@ def test_no_key_is_an_option_and_absent_at_once() -> None:
     for options in METHODS.values():
         assert not set(options.model_fields) & set(METHOD_ABSENT_KEYS)
     assert not set(DatasetEntry.model_fields) & set(DATASET_ABSENT_KEYS)
+
+
+def test_two_experts_may_be_of_any_kind_and_a_full_one_says_what_the_second_is() -> None:
+    said = {}
+    for kind in ({}, {"lora_type": "lycoris"}, {"model_type": "full", "lora_rank": 8}):
+        config = TrainConfig.model_validate({"distillation_method": "dcm", **kind})
+        assert not [problem for problem in cross_problems(config) if problem.key in ("model_type", "lora_type")]
+        said[config.model_type] = " ".join(combination_notices(config))
+    assert "a LoRA of rank 8 on the frozen base" in said["full"] and "rank" not in said["lora"]

@@ -22,8 +22,8 @@ from simpletuner_dmd.flow import add_noise, x0_from_velocity
 from simpletuner_dmd.publish import dialects
 from simpletuner_dmd.publish.lycoris import folded, to_comfyui
 from simpletuner_dmd.publish.read_adapter import read_adapter
-from simpletuner_dmd.wan.adapters import AdapterSpec
-from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
+from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch, with_layers
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, SelfTestError, build_roles, self_test
 
@@ -454,3 +454,35 @@ def test_a_fine_tune_merged_into_the_base_is_that_fine_tune(kind: str, tmp_path:
     merge_adapter(base, read_adapter(file, "teacher_lora"), 0.8)
     assert relative(velocity(base), expected) < 1e-5
     assert relative(velocity(tiny_wan()), expected) > 0.01
+
+
+def layers_of(roles: Roles, role: str) -> set[str]:
+    return {name.partition(".")[0] for name in roles.tensors(role)}
+
+
+@pytest.mark.parametrize("algo", ["lora", "loha", "lokr", "full", "glora", "diag-oft", "boft"])
+def test_a_second_expert_reaches_the_conditioning_layers_but_with_rotations(algo: str) -> None:
+    """Its own network on them passes the self-test of the roles."""
+    preset = {"target_module": ["WanAttention"]} if algo == "boft" else {}
+    options = LycorisOptions.model_validate(
+        {"algo": algo, "linear_dim": 8 if algo == "boft" else 4, "apply_preset": preset}
+    )
+    specs = {"student": LycorisSpec(options), "detail": LycorisSpec(with_layers(options, CONDITIONING_TARGETS))}
+    roles = build_roles(tiny_wan(), adapters=specs)
+    more = layers_of(roles, "detail") - layers_of(roles, "student")
+    rotation = algo in ("diag-oft", "boft")
+    assert more == (set() if rotation else {"lycoris_" + name.replace(".", "_") for name in CONDITIONING_TARGETS})
+    self_test(roles, latents(1), prompts(1), fresh=True)
+
+
+@pytest.mark.parametrize(("fnmatch", "excluded"), [(True, "*.time_proj"), (False, ".*time_proj")])
+def test_layers_that_a_preset_excludes_stay_out_of_a_second_expert(fnmatch: bool, excluded: str) -> None:
+    preset = {"use_fnmatch": fnmatch, "exclude_name": [excluded], "target_name": ["proj_out"]}
+    options = LycorisOptions.model_validate({"linear_dim": 4, "apply_preset": preset})
+    roles = build_roles(tiny_wan(), adapters={
+        "student": LycorisSpec(options), "detail": LycorisSpec(with_layers(options, CONDITIONING_TARGETS)),
+    })  # fmt: skip
+    more = layers_of(roles, "detail") - layers_of(roles, "student")
+    assert more == {"lycoris_" + name.replace(".", "_") for name in CONDITIONING_TARGETS
+                    if name not in ("proj_out", "condition_embedder.time_proj")}  # fmt: skip
+    assert options.apply_preset.target_name == ["proj_out"]

@@ -170,12 +170,6 @@ class DcmConfig(AdversaryOptions):
                 Problem("", WHERE + "student_steps", "student_steps and denoising_steps both describe the ladder",
                         "remove one of them")
             )  # fmt: skip
-        if config.model_type != "lora" or config.lora_type != "standard":
-            key = "model_type" if config.model_type != "lora" else "lora_type"
-            found.append(
-                Problem("", key, f"found {getattr(config, key)}: DCM's experts are two LoRAs on one base",
-                        'set "model_type": "lora" and "lora_type": "standard"')
-            )  # fmt: skip
         return found
 
     def _split_problems(self) -> list[Problem]:
@@ -212,6 +206,11 @@ class DcmConfig(AdversaryOptions):
             )
         if self.mode == "semantic":
             found.append("mode semantic: below the split the student stays the teacher; train it with mode detail.")
+        if config.model_type == "full":
+            found.append(
+                f"model_type full: the semantic expert is the full network, the detail expert a LoRA of rank "
+                f"{config.lora_rank} on the frozen base; learning_rate {config.learning_rate:g} is that of both."
+            )
         if self.temporal_coherence_weight and self.num_training_frames <= self.temporal_coherence_lag:
             found.append(
                 f"temporal_coherence_weight has no effect: videos have {self.num_training_frames} latent frames, and "
