@@ -109,7 +109,8 @@ class AdversarySettings:
     distribution matching, for each sample. Distribution matching is a mean over the elements of a latent and its
     gradient shrinks with their number, so an absolute weight does not carry over from one size to another.
     start_step: trainer step from which the student hears the head; the head learns for discriminator_warmup steps
-    before. r1_weight: of (D(x) - D(x + r1_sigma e))^2 on real videos, relative to the head's own loss.
+    before. last_step_only: head and student look at rollouts that left at the ladder's last step and at no others.
+    r1_weight: of (D(x) - D(x + r1_sigma e))^2 on real videos, relative to the head's own loss.
     """
 
     weight: float
@@ -118,6 +119,7 @@ class AdversarySettings:
     start_step: int = 0
     discriminator_warmup: int = 0
     detach_backbone: bool = False
+    last_step_only: bool = False
     r1_weight: float = 0.0
     r1_sigma: float = 0.1
 

@@ -11,7 +11,7 @@ leans towards the critic (`weak_to_strong.py`), a pull towards the videos.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -89,7 +89,7 @@ class DMD(Stateless):
             settings.rollout.source == "data_latent" or settings.adversary or settings.ground_truth_weight
         )
         assert weak is not None or not self.exact_weak, "exact-both needs the critic at a fraction"
-        self._shared: dict[tuple[int, ...], Tensor] = {}
+        self._shared: dict[tuple[int, ...], Rollout] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
         for rung in range(len(settings.rollout.schedule.ladder)):
             self.score_window(rung)
@@ -142,7 +142,7 @@ class DMD(Stateless):
         settings = self.settings
         rollout = self._roll_out(batch, stream, with_grad=True)
         x0 = rollout.x0
-        self._shared[batch.positions] = x0.detach()
+        self._shared[batch.positions] = replace(rollout, x0=x0.detach())
         compared = self._compare(rollout, batch, stream)
         loss = matching_loss(x0, compared.matching.direction)
         shown, metrics = float(loss.detach()), compared.metrics
@@ -150,7 +150,7 @@ class DMD(Stateless):
             truth = matching_loss(x0, compared.towards_truth)
             loss = loss + settings.ground_truth_weight * truth
             metrics["ground_truth_loss"] = float(truth.detach())
-        if self.adversary is not None and self.adversary.acts(stream.step):
+        if self.adversary is not None and self.adversary.acts(stream.step) and self._is_judged(rollout):
             push = self.adversary.push(x0, compared.matching.direction / x0.numel(), batch, stream)
             loss = loss + linearised(push.loss, x0, push.gradient)
             metrics |= push.metrics
@@ -200,9 +200,8 @@ class DMD(Stateless):
         return leaning(real, critic, fraction) if fraction and not self.exact_weak else real
 
     def critic_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
-        x0 = self._shared.get(batch.positions)
-        if x0 is None:
-            x0 = self._roll_out(batch, stream, with_grad=False).x0
+        rollout = self._shared.get(batch.positions) or self._roll_out(batch, stream, with_grad=False)
+        x0 = rollout.x0
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
         repeats = self.settings.critic_noise_repeats
         for repeat in range(repeats):
@@ -212,8 +211,13 @@ class DMD(Stateless):
             velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
             loss = velocity_loss(velocity, x0, noise).mean()
             yield NamedLoss("fake_score_loss", loss / repeats)
-        if self.adversary is not None and self.adversary.learns(stream.step):
+        if self.adversary is not None and self.adversary.learns(stream.step) and self._is_judged(rollout):
             yield from self.adversary.critic_losses(x0, batch, stream)
+
+    def _is_judged(self, rollout: Rollout) -> bool:
+        """Whether the discriminator looks at this rollout, on which all ranks agree."""
+        adversary, last = self.settings.adversary, len(self.settings.rollout.schedule.ladder) - 1
+        return adversary is not None and (rollout.first_exit == last or not adversary.last_step_only)
 
     def _roll_out(self, batch: Batch, stream: RandomStream, with_grad: bool) -> Rollout:
         if self.own_roll_out is not None:
@@ -275,6 +279,7 @@ def _adversary(options: Any) -> AdversarySettings | None:
         start_step=options.gan_start_step,
         discriminator_warmup=options.gan_discriminator_warmup,
         detach_backbone=options.gan_detach_backbone,
+        last_step_only=options.gan_last_step_only,
         r1_weight=options.gan_r1_weight,
         r1_sigma=options.gan_r1_sigma,
     )

@@ -23,7 +23,7 @@ from simpletuner_dmd.distill.discriminator import (
 )
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.losses import adversarial_loss, discriminator_loss
-from simpletuner_dmd.distill.rollout import RolloutSettings
+from simpletuner_dmd.distill.rollout import RolloutSettings, exit_rung
 from simpletuner_dmd.distill.weak_to_strong import WeakToStrong
 from simpletuner_dmd.flow import Batch, Schedule, SigmaWindow, TextEmbedding, add_noise
 from simpletuner_dmd.randomness import RandomStream
@@ -557,3 +557,20 @@ def test_a_students_update_leaves_teacher_critic_and_head_bit_for_bit() -> None:
             }  # fmt: skip
             assert moved == {turn.role}
         method.end_step()
+
+
+@pytest.mark.parametrize("last_step_only", [False, True])
+def test_it_may_look_at_the_last_steps_samples_alone(last_step_only: bool) -> None:
+    """Exits are drawn per step: head and student's term act exactly where the rollout went to the ladder's end."""
+    method, batch, seen = dmd(last_step_only=last_step_only)[0], video_batch(), set()
+    for step in range(12):
+        stream = RandomStream(0, step, batch.positions)
+        at_the_end = exit_rung(method.settings.rollout, stream, "rollout") == 1
+        for turns in (("student", "critic"), ("critic",)):  # the critic's own rollout leaves at the same rung
+            pushed = any("gan_generator_loss" in loss.metrics for loss in method.student_losses(batch, stream)) \
+                if "student" in turns else None  # fmt: skip
+            judged = "gan_critic_loss" in [loss.name for loss in method.critic_losses(batch, stream)]
+            assert judged == (at_the_end or not last_step_only) and pushed in (None, judged)
+            method.end_step()
+        seen.add(at_the_end)
+    assert seen == {False, True}

@@ -57,6 +57,11 @@ class MatchingOptions(CriticOptions):
     gan_detach_backbone: bool = Field(
         False, description="The discriminator's loss trains its head only, not the critic under it."
     )
+    gan_last_step_only: bool = Field(
+        False,
+        description="The adversarial term looks only at samples of the student's last step, which are what it ships. "
+        "Those of earlier steps are blurred by nature: a discriminator that sees them learns little else.",
+    )
     gan_r1_weight: float = Field(
         0.0, ge=0, le=1e5,
         description="Weight, within the discriminator's loss, of a penalty on its change under small noise on real "
