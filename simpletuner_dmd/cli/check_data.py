@@ -92,11 +92,12 @@ def _content(path: Path) -> bytes:
     return digest.digest()
 
 
-def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan]) -> dict[str, Any]:
+def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan], all_latents: bool = False) -> dict[str, Any]:
     """Size and time of filling both caches from nothing, in bytes and seconds on this machine.
 
     The time of the latents is measured decoding plus the arithmetic of Wan 2.1's VAE at the measured speed of a matrix
-    product; that of the text encoder is not counted. latent_bytes is 0 where no loss reads latents.
+    product; that of the text encoder is not counted. latent_bytes is 0 where no loss reads latents, unless
+    `all_latents`.
     """
     from simpletuner_dmd.data.scan import VideoSample
 
@@ -105,7 +106,7 @@ def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan]) -> dict[s
     most = loaded.config.tokenizer_max_length
     rows = sum(min(most, round(len(caption.split()) * TOKENS_PER_WORD) + 1) for caption in captions)
     samples = [sample for scan in scans for sample in scan.usable if isinstance(sample, VideoSample)]
-    if not needs_latents(loaded):
+    if not (all_latents or needs_latents(loaded)):
         samples = []
     numbers = sum(_count(geometry.latent_shape(s.crop.width, s.crop.height, s.frames)) for s in samples)
     pixels = sum(s.crop.width * s.crop.height * s.frames for s in samples)
@@ -221,10 +222,11 @@ def print_data(scans: Sequence[DatasetScan], plan: DataPlan, same: list[list[str
     notices += [f"the same bytes: {', '.join(group)}" for group in same[:SHOWN]]
     for notice in notices:
         print(f"  - {notice}")
-    print(f"\nCaches: {_cost(cost)}")
+    print(f"\nCaches: {cost_in_words(cost)}")
 
 
-def _cost(cost: dict[str, Any]) -> str:
+def cost_in_words(cost: dict[str, Any]) -> str:
+    """What `cache_estimate` found, in one line."""
     words = f"{cost['captions']} captions, about {_size(cost['text_bytes'])} before compression"
     if cost["clips"]:
         words += f"; latents of {cost['clips']} clips, about {_size(cost['latent_bytes'])} before compression"

@@ -98,14 +98,23 @@ def test_cache_fills_what_training_needs(
     assert cache(project, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["text"]["prompts"] == document["text"]["encoded"] == 5
+    assert document["estimate"]["clips"] == 4 and document["estimate"]["latent_bytes"] == sum(
+        tensor.numel() * 4 for tensor in latents_on_disk(project)
+    )
     (dataset,) = document["datasets"]
     assert (dataset["usable"], dataset["latents"], document["latents_encoded"]) == (4, 4, 4)
     assert dataset["left_out"][0]["path"].endswith("broken.mp4")
     forbid_encoders(monkeypatch)
     assert cache(project) == 0
     said = capsys.readouterr().out
-    assert "5 prompts, 0 encoded" in said and "4 cached in" in said and "broken.mp4" in said
+    assert said.index("From nothing: 4 captions, about") < said.index("5 prompts, 0 encoded")
+    assert "latents of 4 clips, about" in said and "4 cached in" in said and "broken.mp4" in said
     assert project.train() == 0
+
+
+def latents_on_disk(project: Project) -> list[torch.Tensor]:
+    files = (project.folder / "cache" / "vae").rglob("??/*.safetensors*")
+    return [decode_tensor(file.read_bytes())[0] for file in files]
 
 
 def test_all_also_caches_latents_that_no_loss_reads(
