@@ -197,7 +197,7 @@ def _cached(assembly: Assembly) -> Iterator[tuple[LatentStore, list[Clip]]]:
 
     config, geometry = assembly.config, assembly.geometry
     for entry in assembly.loaded.datasets:
-        if entry.dataset_type != "video" or entry.disabled:
+        if entry.dataset_type not in ("video", "image") or entry.disabled:
             continue
         settings = resolve(entry, config, geometry)
         manifest = stands_in(entry, config) or manifest_path(settings)

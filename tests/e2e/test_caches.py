@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.data.store import decode_tensor
@@ -79,6 +80,27 @@ def test_training_goes_on_without_the_raw_files(
     assert "made with other settings: framerate" in capsys.readouterr().err
     shutil.rmtree(project.folder / "cache" / "vae")
     assert project.train("resume_from_checkpoint=none") == 2
+
+
+def test_pictures_are_inspected_and_outlive_their_files(
+    make_project: ProjectMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (60 * number, 90, 30)).save(folder / f"{number}.png")
+    (folder / "metadata.csv").write_text("file_name,caption\n0.png,dark\n1.png,bright\n")
+    entry = {"dataset_type": "image", "caption_strategy": "csv", "video": None}
+    project = make_project(
+        datasets=videos_dataset(folder, **entry), distillation={"rollout": "data_latent"}, train_batch_size=1
+    )
+    assert cache(project) == 0
+    assert cache(project, "inspect", "--out", str(tmp_path / "seen")) == 0
+    assert [frame_count(video) for video in sorted((tmp_path / "seen").rglob("*.mp4"))] == [1, 1]
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    forbid_encoders(monkeypatch)
+    assert cache(project) == 0, "the table that is left is no file to encode"
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
