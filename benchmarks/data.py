@@ -1,12 +1,13 @@
 """What the data side costs, each figure against its own limit: `python benchmarks/data.py` prints all of them.
 
 - captions per second cached, against the text encoder's forward alone
-- videos per second cached (decode, encode, write), against the VAE's forward alone
+- videos per second cached (decode, encode, write), against the VAE's forward alone, at two sizes
 - from start to the first batch on a complete cache of 100,000 prompts, and memory above a process that has imported
 - how long a training step of the demo waits for its batch
 - disk per prompt against 512 x 4096 bf16, the size that Wan's padded embeddings have
 
-Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike.
+Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. About two
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -20,15 +21,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-ROUNDS = 3
-CAPTIONS = 32
-CLIPS = 8
+CAPTIONS, CAPTION_ROUNDS = 32, 4
+# Pictures of this many pixels on a side, clips per round, rounds: of the demo's own size, and where encoding is work.
+VIDEOS = ((64, 24, 13), (192, 8, 7))
 NAIVE = 512 * 4096 * 2
 WORDS = ("a", "red", "blue", "cat", "dog", "robot", "river", "wave", "surfs", "dances", "slowly", "over", "fog")
+
+
+Act = Callable[[int], object]
+
+
+@dataclass
+class Compared:
+    """Seconds per round: of the forward alone, around each round of caching."""
+
+    alone: list[float] = field(default_factory=list)
+    cached: list[float] = field(default_factory=list)
 
 
 def seconds(act: Callable[[], object]) -> float:
@@ -37,20 +50,28 @@ def seconds(act: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def compared(alone: Callable[[int], object], cached: Callable[[int], object]) -> tuple[float, float, list[float]]:
-    """(median seconds of each, the ratio of every round) over rounds that take turns; the first round is a warm-up."""
-    pairs = [(seconds(lambda n=n: alone(n)), seconds(lambda n=n: cached(n))) for n in range(ROUNDS + 1)][1:]
-    left, right = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return left, right, [b / a for a, b in pairs]
+def compared(rounds: int, alone: Act, others: dict[str, Act]) -> dict[str, Compared]:
+    """Each of `others` against what takes its turn right before and right after it; the first round is a warm-up."""
+    found: dict[str, Compared] = {name: Compared() for name in others}
+    before = seconds(lambda: alone(0))
+    for number in range(rounds + 1):
+        for name, act in others.items():
+            spent = seconds(lambda act=act, number=number: act(number))  # type: ignore[misc]
+            after = seconds(lambda number=number: alone(number))  # type: ignore[misc]
+            if number:
+                found[name].alone.append((before + after) / 2)
+                found[name].cached.append(spent)
+            before = after
+    return found
 
 
-def report(name: str, per: str, count: int, result: tuple[float, float, list[float]]) -> dict[str, Any]:
-    alone, cached, ratios = result
+def report(name: str, per: str, count: int, result: Compared) -> dict[str, Any]:
+    alone, cached = statistics.median(result.alone), statistics.median(result.cached)
+    ratios = sorted(b / a for a, b in zip(result.alone, result.cached, strict=True))
     overhead = statistics.median(ratios) - 1
-    rounds = ", ".join(f"{100 * ratio - 100:.1f}" for ratio in ratios)
     print(
         f"{name}: {count / cached:.2f} {per}/s cached, {count / alone:.2f} {per}/s forward alone, "
-        f"overhead {100 * overhead:.1f} % (allowed 10 %; rounds {rounds})"
+        f"overhead {100 * overhead:.1f} % (allowed 10 %; rounds {', '.join(f'{100 * r - 100:.1f}' for r in ratios)})"
     )
     return {f"{name}_per_second": count / cached, f"{name}_overhead": overhead}
 
@@ -88,22 +109,26 @@ def captions(folder: Path) -> dict[str, Any]:
         return [sentence(CAPTIONS * number + k, 20) for k in range(CAPTIONS)]
 
     sizes: dict[bool, float] = {}
-    found: dict[str, Any] = {}
-    for compress in (False, True):
+
+    def alone(number: int) -> None:
+        asked = prompts(number)
+        for start in range(0, CAPTIONS, 16):
+            encode(asked[start : start + 16])
+
+    def cached(compress: bool) -> Act:
         place = folder / f"text-{compress}"
 
-        def alone(number: int) -> None:
-            asked = prompts(number)
-            for start in range(0, CAPTIONS, 16):
-                encode(asked[start : start + 16])
-
-        def cached(number: int, compress: bool = compress, place: Path = place) -> None:
+        def act(number: int) -> None:
             store = TextStore(place, compress)
             cache_text(store, prompts(number), "bench", encode, write_batch=16, max_rows=512, progress=False)
             sizes[compress] = store.bytes_on_disk / len(store)
 
-        name = "captions" + (" (compressed)" if compress else "")
-        found |= report(name, "captions", CAPTIONS, compared(alone, cached))
+        return act
+
+    both = {"captions": cached(False), "captions (zstd)": cached(True)}
+    found: dict[str, Any] = {}
+    for name, result in compared(CAPTION_ROUNDS, alone, both).items():
+        found |= report(name, "captions", CAPTIONS, result)
     for compress, size in sizes.items():
         how = "zstd" if compress else "plain"
         print(f"disk per prompt of {rows} tokens, {how}: {size / 1e3:.0f} kB, naive {NAIVE / 1e3:.0f} kB: "
@@ -113,13 +138,13 @@ def captions(folder: Path) -> dict[str, Any]:
 
 
 def videos(folder: Path) -> dict[str, Any]:
-    """The clips and the VAE that ship with the package, enlarged to a size at which encoding is work."""
+    """The clips and the VAE that ship with the package."""
     import torch
 
     from simpletuner_dmd.config.databackend import DatasetEntry
     from simpletuner_dmd.config.schema import TrainConfig
     from simpletuner_dmd.data.buckets import LatentGeometry
-    from simpletuner_dmd.data.encode import cache_latents, clip_of, clip_to_pixels, read_clip_of
+    from simpletuner_dmd.data.encode import Clip, cache_latents, clip_of, clip_to_pixels, read_clip_of
     from simpletuner_dmd.data.scan import scan
     from simpletuner_dmd.data.store import LatentStore
     from simpletuner_dmd.demo import path as demo_path
@@ -128,23 +153,26 @@ def videos(folder: Path) -> dict[str, Any]:
 
     config = TrainConfig(pretrained_model_name_or_path=str(demo_path.model_path()))
     codec, geometry = VideoCodec(ModelSource.of(config), device=torch.device("cpu")), LatentGeometry()
-    entry = DatasetEntry(id="demo", instance_data_dir=str(demo_path.data_path()), resolution=192,
-                         video={"num_frames": 9})  # fmt: skip
-    found = scan(entry, config, geometry=geometry)
-    samples = found.usable[:CLIPS]
-    store = LatentStore(folder / "hashes", True)
-    clips = [clip_of(sample, found.settings, store, "bench") for sample in samples]  # type: ignore[arg-type]
-    pixels = [clip_to_pixels(read_clip_of(clip))[None] for clip in clips]
+    figures: dict[str, Any] = {}
+    for side, count, rounds in VIDEOS:
+        entry = DatasetEntry(id="demo", instance_data_dir=str(demo_path.data_path()), resolution=side,
+                             max_num_samples=count, video={"num_frames": 9})  # fmt: skip
+        found = scan(entry, config, geometry=geometry)
+        store = LatentStore(folder / "hashes", True)
+        clips = [clip_of(sample, found.settings, store, "bench") for sample in found.usable]  # type: ignore[arg-type]
+        pixels = [clip_to_pixels(read_clip_of(clip))[None] for clip in clips]
 
-    def alone(number: int) -> None:
-        for clip in pixels:
-            codec.encode(clip)
+        def alone(number: int, pixels: list[torch.Tensor] = pixels) -> None:
+            for clip in pixels:
+                codec.encode(clip)
 
-    def cached(number: int) -> None:
-        place = LatentStore(folder / f"vae-{number}", True)
-        cache_latents(place, clips, codec.encode, geometry, batch_size=1, progress=False)
+        def cached(number: int, side: int = side, clips: list[Clip] = clips) -> None:
+            place = LatentStore(folder / f"vae-{side}-{number}", True)
+            cache_latents(place, clips, codec.encode, geometry, batch_size=1, progress=False)
 
-    return report("videos", "videos", len(clips), compared(alone, cached))
+        name = f"videos of {side} x {side} x 9"
+        figures |= report(name, "videos", count, compared(rounds, alone, {"": cached})[""])
+    return figures
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------

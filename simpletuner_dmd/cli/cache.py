@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also latents of videos that no loss of this run reads")
     parser.add_argument("--out", type=Path, help="inspect: folder for the videos; default: OUTPUT_DIR/cache-inspect")
     parser.add_argument("--limit", type=int, metavar="N", help="inspect: only the first N samples of each dataset")
-    parser.add_argument("--json", action="store_true", help="print one JSON document: text, datasets, findings")
+    parser.add_argument("--json", action="store_true", help="print one JSON document: estimate, text, datasets, …")
     add_config_arguments(parser)
     parser.usage = str(parser.usage).replace(parser.prog, f"{parser.prog} [inspect]", 1)
 
@@ -62,11 +62,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _fill(loaded: LoadedConfig, args: argparse.Namespace) -> dict[str, Any] | int:
     """The document of `--json`; an exit code where this is one of several processes, or one of those failed."""
-    launched, began = LAUNCHED in os.environ, time.perf_counter()
+    launched, began, estimate = LAUNCHED in os.environ, time.perf_counter(), None
     if not launched:
         from simpletuner_dmd.cli.train import examine_run
 
         examine_run(loaded)
+        estimate = _estimate(loaded, args.all)
         if loaded.config.num_processes > 1:
             from simpletuner_dmd.training.launch import launch
 
@@ -96,9 +97,20 @@ def _fill(loaded: LoadedConfig, args: argparse.Namespace) -> dict[str, Any] | in
         return end_with_mistake(str(error))
     if launched:
         return 0
-    document = _document(caches, time.perf_counter() - began)
+    document = {"estimate": estimate, **_document(caches, time.perf_counter() - began)}
     _say(document)
     return document
+
+
+def _estimate(loaded: LoadedConfig, all_latents: bool) -> dict[str, Any]:
+    """Size and time of caches filled from nothing, said before anything is spent. Raises UserError."""
+    from simpletuner_dmd.cli.check_data import cache_estimate, cost_in_words, geometry_of
+    from simpletuner_dmd.data.prepare import look_at_dataset
+
+    scans = [look_at_dataset(entry, loaded.config, geometry_of(loaded)) for entry in loaded.datasets]
+    cost = cache_estimate(loaded, scans, all_latents)
+    print(f"From nothing: {cost_in_words(cost)}; what is cached already is kept.", flush=True)
+    return cost
 
 
 def _document(caches: Caches, seconds: float) -> dict[str, Any]:
@@ -185,7 +197,7 @@ def _cached(assembly: Assembly) -> Iterator[tuple[LatentStore, list[Clip]]]:
 
     config, geometry = assembly.config, assembly.geometry
     for entry in assembly.loaded.datasets:
-        if entry.dataset_type != "video" or entry.disabled:
+        if entry.dataset_type not in ("video", "image") or entry.disabled:
             continue
         settings = resolve(entry, config, geometry)
         manifest = stands_in(entry, config) or manifest_path(settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from simpletuner_dmd.data.scan import DatasetScan
 
 SHOWN = 20
+LONGEST_NAME = 80
 # Of the encoder of Wan 2.1's VAE per pixel of every frame, counted by torch.utils.flop_counter on 9 frames; 81 frames
 # take 3% less per frame. tests/cli/test_check_data.py counts again.
 VAE_FLOPS_PER_PIXEL = 5.19e6
@@ -92,11 +95,12 @@ def _content(path: Path) -> bytes:
     return digest.digest()
 
 
-def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan]) -> dict[str, Any]:
+def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan], all_latents: bool = False) -> dict[str, Any]:
     """Size and time of filling both caches from nothing, in bytes and seconds on this machine.
 
     The time of the latents is measured decoding plus the arithmetic of Wan 2.1's VAE at the measured speed of a matrix
-    product; that of the text encoder is not counted. latent_bytes is 0 where no loss reads latents.
+    product; that of the text encoder is not counted. latent_bytes is 0 where no loss reads latents, unless
+    `all_latents`.
     """
     from simpletuner_dmd.data.scan import VideoSample
 
@@ -105,7 +109,7 @@ def cache_estimate(loaded: LoadedConfig, scans: Sequence[DatasetScan]) -> dict[s
     most = loaded.config.tokenizer_max_length
     rows = sum(min(most, round(len(caption.split()) * TOKENS_PER_WORD) + 1) for caption in captions)
     samples = [sample for scan in scans for sample in scan.usable if isinstance(sample, VideoSample)]
-    if not needs_latents(loaded):
+    if not (all_latents or needs_latents(loaded)):
         samples = []
     numbers = sum(_count(geometry.latent_shape(s.crop.width, s.crop.height, s.frames)) for s in samples)
     pixels = sum(s.crop.width * s.crop.height * s.frames for s in samples)
@@ -201,30 +205,60 @@ def print_data(scans: Sequence[DatasetScan], plan: DataPlan, same: list[list[str
     for row in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
         print("  " + "  ".join([f"{row[0]:<{widths[0]}}", *cells]))
-    for kind in kinds:
-        bad = [item for scan in scans for item in scan.rejected if item.kind == kind]
-        print(f"\nLeft out, {kind} ({len(bad)}). Fix: {FIXES[kind]}")
-        for item in bad[:SHOWN]:
-            print(f"  {item.path}: {item.reason}")
-        if len(bad) > SHOWN:
-            print(f"  and {len(bad) - SHOWN} more; --json lists all")
+    for scan in scans:
+        for kind in kinds:
+            _print_left_out(scan, kind)
     print("\nBuckets (width x height x frames):")
     for bucket in plan.buckets:
-        line = f"  {bucket.dataset}  {bucket.bucket}: {bucket.samples}"
+        line = f"{bucket.dataset}  {bucket.bucket}: {bucket.samples}"
         if bucket.repeats:
             line += f", {bucket.passes} per epoch"
         if bucket.cropped and max(bucket.cropped) > 0:
             mean = 100 * sum(bucket.cropped) / len(bucket.cropped)
             line += f", the crop removes {mean:.1f}% (at most {100 * max(bucket.cropped):.1f}%)"
-        print(line if bucket.takes_part else line + ", left out")
+        _say(line if bucket.takes_part else line + ", left out")
     notices = [*(f"{scan.settings.id}: {notice}" for scan in scans for notice in scan.notices), *plan.notices()]
-    notices += [f"the same bytes: {', '.join(group)}" for group in same[:SHOWN]]
+    notices += [f"the same bytes: {', '.join(_short(path, scans) for path in group)}" for group in same[:SHOWN]]
+    notices += [f"and {len(same) - SHOWN} more groups of the same bytes; --json lists all"] if same[SHOWN:] else []
+    if notices:
+        print("\nNotes on the data:")
     for notice in notices:
-        print(f"  - {notice}")
-    print(f"\nCaches: {_cost(cost)}")
+        _say(f"- {notice}")
+    print()
+    _say(f"Caches: {cost_in_words(cost)}", indent="")
 
 
-def _cost(cost: dict[str, Any]) -> str:
+def _print_left_out(scan: DatasetScan, kind: str) -> None:
+    from simpletuner_dmd.data.findings import FIXES
+
+    bad = [item for item in scan.rejected if item.kind == kind]
+    if not bad:
+        return
+    print(f"\nLeft out of {scan.settings.id}: {kind} ({len(bad)}), in {scan.settings.folder}")
+    for item in bad[:SHOWN]:
+        _say(f"{_short(item.path, [scan])}: {item.reason.removeprefix(kind + ': ')}")
+    if len(bad) > SHOWN:
+        print(f"  and {len(bad) - SHOWN} more; --json lists all")
+    _say(f"Fix: {FIXES[kind]}")
+
+
+def _say(line: str, indent: str = "  ") -> None:
+    """Prints a line that the terminal would break in the middle of words, and under its own beginning."""
+    width = max(40, min(120, shutil.get_terminal_size((100, 24)).columns))
+    print(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent + "    ",
+                        break_long_words=False, break_on_hyphens=False))  # fmt: skip
+
+
+def _short(path: str | Path, scans: Sequence[DatasetScan]) -> str:
+    """The path below its dataset's folder; the middle of a very long name is left out."""
+    path = Path(path)
+    folder = next((scan.settings.folder for scan in scans if path.is_relative_to(scan.settings.folder)), None)
+    name = str(path.relative_to(folder)) if folder is not None and path != folder else str(path)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 24]}…{name[-20:]}"
+
+
+def cost_in_words(cost: dict[str, Any]) -> str:
+    """What `cache_estimate` found, in one line."""
     words = f"{cost['captions']} captions, about {_size(cost['text_bytes'])} before compression"
     if cost["clips"]:
         words += f"; latents of {cost['clips']} clips, about {_size(cost['latent_bytes'])} before compression"

@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="WxH", help="default: the configuration's first validation_resolution")
     parser.add_argument("--frames", type=int, help="default: the configuration's validation_num_video_frames")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="videos per prompt; default: 1")
+    parser.add_argument("--batch", type=int, metavar="N", help="videos made at once; default: train_batch_size")
     parser.add_argument("--from-seed", type=int, default=42, metavar="SEED", help="what the seeds are derived from")
     add_config_arguments(parser)
 
@@ -75,6 +76,7 @@ def _flags(args: argparse.Namespace) -> list[str]:
     flags = ["--prompts", str(args.prompts), "--out", str(args.out), "--per-prompt", str(args.per_prompt)]
     flags += ["--from-seed", str(args.from_seed), *(["--latents"] if args.latents else [])]
     flags += ["--size", args.size] if args.size else []
+    flags += ["--batch", str(args.batch)] if args.batch is not None else []
     return flags + (["--frames", str(args.frames)] if args.frames else [])
 
 
@@ -107,7 +109,7 @@ def _synthesise(loaded: LoadedConfig, args: argparse.Namespace) -> tuple[int, in
         write_batch=write_batch, max_rows=config.tokenizer_max_length, progress=True,
     )  # fmt: skip
     encoder.unload()
-    made = _make(assembly, scan, missing, text, args.out, store)
+    made = _make(assembly, scan, missing, text, args, store)
     _finish(assembly, scan, items, args.out, store)
     return made, len(items)
 
@@ -121,6 +123,8 @@ def _prompts(assembly: Assembly, args: argparse.Namespace) -> DatasetScan:
     config = assembly.config
     if args.per_prompt < 1:
         raise UserError(f"--per-prompt {args.per_prompt}: nothing would be made", fix="write 1 or more")
+    if args.batch is not None and args.batch < 1:
+        raise UserError(f"--batch {args.batch}: nothing would be made", fix="write 1 or more")
     try:
         size = frame_size(args.size) if args.size else config.validation_resolution[0]
     except ValueError as error:
@@ -194,21 +198,24 @@ def _is_there(item: Item, out: Path, store: LatentStore | None) -> bool:
 
 
 def _make(
-    assembly: Assembly, scan: DatasetScan, items: list[Item], text: Any, out: Path, store: LatentStore | None
-) -> int:
+    assembly: Assembly, scan: DatasetScan, items: list[Item], text: Any, args: argparse.Namespace,
+    store: LatentStore | None,
+) -> int:  # fmt: skip
     """Renders what nobody else has made; returns how many."""
     from tqdm import tqdm  # type: ignore[import-untyped]  # tqdm ships no types
 
     from simpletuner_dmd.data.sharing import Claims, share_out
 
+    out: Path = args.out
+
     def missing(some: list[Item]) -> list[Item]:
         return [item for item in some if not _is_there(item, out, store)]
 
-    made, render = 0, _renderer(assembly, scan, text)
+    made, render, at_once = 0, _renderer(assembly, scan, text), args.batch or assembly.config.train_batch_size
     with Claims(out, ".claims") as claims, tqdm(total=len(items), desc="synthesise", unit="video") as bar:
-        for batch in share_out(items, lambda item: item.key, missing, claims, 1):
-            for item in batch or []:
-                _write(assembly, item, render(item), out, store)
+        for batch in share_out(items, lambda item: item.key, missing, claims, at_once):
+            for item, latents_CFHW in zip(batch or [], render(batch) if batch else [], strict=True):
+                _write(assembly, item, latents_CFHW, out, store)
                 claims.give_back([item.key])
                 made += 1
                 bar.update()
@@ -217,12 +224,16 @@ def _make(
     return made
 
 
-def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[Item], Tensor]:
-    """item -> normalised latents [C, F, H, W] by the teacher's own steps and guidance."""
+def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[list[Item]], Tensor]:
+    """items -> normalised latents [B, C, F, H, W] by the teacher's own steps and guidance.
+
+    The noise of each follows from its seed alone, so a batch changes nothing but the order of sums in floating point.
+    """
     import torch
 
     from simpletuner_dmd.data.text_store import text_key
     from simpletuner_dmd.flow import TextEmbedding
+    from simpletuner_dmd.validation.sampling import reference_noise
     from simpletuner_dmd.wan.denoiser import WanDenoiser
     from simpletuner_dmd.wan.loading import choose_attention
 
@@ -233,19 +244,25 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[Ite
     shape = assembly.geometry.latent_shape(first.width, first.height, first.frames)
     fingerprint, length = assembly.text_encoder.fingerprint, assembly.config.tokenizer_max_length
 
-    def embedded(prompt: str) -> TextEmbedding:
-        rows_LD = text.load(text_key(prompt, fingerprint))
-        padded = torch.zeros(1, length, rows_LD.shape[1])
-        padded[0, : len(rows_LD)] = rows_LD
+    def embedded(prompts: list[str]) -> TextEmbedding:
+        rows = [text.load(text_key(prompt, fingerprint)) for prompt in prompts]
+        padded = torch.zeros(len(rows), length, rows[0].shape[1])
+        for place, rows_LD in zip(padded, rows, strict=True):
+            place[: len(rows_LD)] = rows_LD
         return TextEmbedding(padded).to(assembly.device)
 
-    negative = embedded(assembly.negative_prompt)
+    negative = embedded([assembly.negative_prompt])
 
-    def render(item: Item) -> Tensor:
-        latents: Tensor = assembly.teacher_sampler(
-            teacher, embedded(item.prompt), negative, (1, *shape), item.seed, assembly.device
+    def render(items: list[Item]) -> Tensor:
+        draws = [reference_noise(item.seed, (1, *shape), assembly.device) for item in items]
+        latents: Tensor = assembly.teacher_sampler.sample(
+            teacher,
+            torch.cat([noise for noise, _ in draws]),
+            draws[0][1],  # of a ladder's rungs; the teacher has none
+            embedded([item.prompt for item in items]),
+            negative.expand(len(items)),
         )
-        return latents[0].cpu()
+        return latents.cpu()
 
     return render
 

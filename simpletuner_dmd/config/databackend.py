@@ -104,7 +104,9 @@ class DatasetEntry(Options):
     disable_multiline_split: bool = Field(
         False, description="true: a caption file is one caption; false: each of its lines is one."
     )
-    instance_prompt: str | None = Field(None, description="The caption of every sample, for `instanceprompt`.")
+    instance_prompt: str | None = Field(
+        None, description="The caption of every sample, for `instanceprompt`. Default: config.json's."
+    )
     prepend_instance_prompt: bool = Field(False, description="Puts `instance_prompt` in front of every caption.")
     resolution: Annotated[float | str | None, BeforeValidator(_resolution)] = Field(
         None, description='Training size in the unit of `resolution_type`; for `prompts` "WIDTHxHEIGHT".'

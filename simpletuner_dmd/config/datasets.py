@@ -36,6 +36,9 @@ DATASET_ALIASES = {
 }
 # SimpleTuner's names for what the `table` block says here.
 TABLE_KEYS = {"csv_file": "path", "csv_url_column": "filename_column", "csv_caption_column": "caption_column"}
+# Sizes in the unit of `resolution_type`, which config.json gives where an entry has none.
+SIZE_KEYS = ("resolution", "minimum_image_size", "maximum_image_size", "target_downsample_size")
+CROP_KEYS = ("crop_aspect", "crop_style", "maximum_image_size", "target_downsample_size")
 HUB = "huggingface"
 DOWNLOADS = "cache/downloads"
 BLOCKS: dict[str, tuple[type[BaseModel], dict[str, Absent]]] = {
@@ -239,8 +242,6 @@ def _entry_problems(entry: DatasetEntry, name: str, file: str) -> list[Problem]:
             Problem(file, f"{name}: resolution", f'found "{entry.resolution}"; videos keep their own shapes, '
                     "so this is one number", 'for example "resolution": 480 with "resolution_type": "pixel_area"')
         )  # fmt: skip
-    if (entry.caption_strategy == "instanceprompt" or entry.prepend_instance_prompt) and not entry.instance_prompt:
-        problems.append(Problem(file, f"{name}: instance_prompt", "is needed and missing", "add the prompt's text"))
     least, most = entry.video.min_frames, entry.video.max_frames
     if most is not None and most < (least or frames_4n1(entry.video.num_frames)):
         problems.append(
@@ -270,7 +271,10 @@ def _check_names(found: Datasets, file: str) -> None:
 
 def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) -> None:
     """Fills what the entries leave out from config.json, and makes their folders absolute; caches go below `cwd`."""
+    file = config.data_backend_config or "multidatabackend.json"
     for entry in found.entries:
+        found.problems += _inherited_problems(entry, config, file)
+        found.notices += _without_effect(entry, config)
         if entry.instance_data_dir and entry.type != "aws" and entry.instance_data_dir not in (DEMO, BUILTIN):
             entry.instance_data_dir = str(resolve(entry.instance_data_dir))
         if entry.table.path:
@@ -289,7 +293,9 @@ def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) 
         if entry.minimum_image_size is None:
             entry.minimum_image_size = config.minimum_image_size
         entry.maximum_image_size = entry.maximum_image_size or config.maximum_image_size
-        entry.target_downsample_size = entry.target_downsample_size or entry.maximum_image_size
+        downsample = entry.target_downsample_size or config.target_downsample_size
+        entry.target_downsample_size = downsample or entry.maximum_image_size
+        entry.instance_prompt = entry.instance_prompt or config.instance_prompt
         entry.cache_dir_vae = _cache(entry.cache_dir_vae or Path(config.cache_dir_vae) / entry.id, cwd)
         asked_for = entry.video.min_frames
         entry.video.num_frames = frames_4n1(entry.video.num_frames)
@@ -298,6 +304,38 @@ def complete(found: Datasets, config: TrainConfig, resolve: Resolve, cwd: Path) 
     text.cache_dir = _cache(text.cache_dir or config.cache_dir_text, cwd)
     text.write_batch_size = text.write_batch_size or config.write_batch_size
     found.text_embeds = text
+
+
+def _inherited_problems(entry: DatasetEntry, config: TrainConfig, file: str) -> list[Problem]:
+    """What an entry needs of config.json and does not get, or gets in another unit."""
+    name, problems = f'dataset "{entry.id}"', []
+    needs_prompt = entry.caption_strategy == "instanceprompt" or entry.prepend_instance_prompt
+    if needs_prompt and not (entry.instance_prompt or config.instance_prompt):
+        problems.append(Problem(file, f"{name}: instance_prompt", "is needed and missing", "add the prompt's text"))
+    unit, theirs = entry.resolution_type or config.resolution_type, config.resolution_type
+    if entry.dataset_type == "prompts" or (unit == "area") == (theirs == "area"):
+        return problems
+    return problems + [
+        Problem(file, f"{name}: {key}", f"is missing: config.json's {getattr(config, key):g} is in the unit of "
+                f'resolution_type "{theirs}", this dataset counts in "{unit}"', "write it in the entry")
+        for key in SIZE_KEYS
+        if getattr(entry, key) is None and getattr(config, key)
+    ]  # fmt: skip
+
+
+def _without_effect(entry: DatasetEntry, config: TrainConfig) -> list[str]:
+    """Keys of the crop on an entry that does not reach them."""
+    name = f'dataset "{entry.id}"'
+    written = [
+        key for key in CROP_KEYS if key in entry.model_fields_set and getattr(entry, key) not in (None, "preserve")
+    ]
+    if entry.dataset_type == "prompts":
+        return []  # said already, as of every key that does nothing for prompts
+    if written and not entry.crop:
+        return [f"{name}: {', '.join(written)} act only with crop: true; each video keeps its own shape."]
+    if "target_downsample_size" in written and not (entry.maximum_image_size or config.maximum_image_size):
+        return [f"{name}: target_downsample_size acts only on files above maximum_image_size, which is not set."]
+    return []
 
 
 def _cache(folder: str | Path, cwd: Path) -> str:

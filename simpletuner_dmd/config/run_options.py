@@ -113,6 +113,14 @@ class DataOptions(Options):
     maximum_image_size: float | None = Field(
         None, gt=0, description="Videos larger than this are first reduced to `target_downsample_size`, then cropped."
     )
+    target_downsample_size: float | None = Field(
+        None,
+        gt=0,
+        description="Size that videos above `maximum_image_size` are reduced to before the crop. Default: that size.",
+    )
+    instance_prompt: str | None = Field(
+        None, description="The `instance_prompt` of every dataset entry that has none of its own."
+    )
     aspect_bucket_rounding: int = Field(
         2, ge=1, le=9, description="Decimals to which aspect ratios are rounded when videos are grouped into buckets."
     )

@@ -42,7 +42,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
     **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
-            "optimizer_config eval_dataset_id eval_steps_interval gan_config instance_prompt "
+            "optimizer_config eval_dataset_id eval_steps_interval gan_config "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
             "num_eval_images eval_timesteps evaluation_type disk_low_threshold validation_guidance_rescale "
@@ -58,7 +58,6 @@ ABSENT_KEYS: dict[str, Absent] = {
     **_each("main_process_ip main_process_port same_network context_parallel_comm_strategy accelerate_config "
             "accelerate_extra_args dynamo_backend", Absent("one machine needs none of it", harmless=True)),
     "global_batch_size": Absent(f"{NOT_YET}; use train_batch_size x gradient_accumulation_steps x num_processes"),
-    "target_downsample_size": Absent("write it on the dataset entry, in multidatabackend.json"),
     "base_model_default_dtype": Absent("what is not quantised is kept in bf16", off=(*OFF, "bf16")),
     **_each("text_encoder_2_precision text_encoder_3_precision text_encoder_4_precision", Absent(
         "Wan has one text encoder: use text_encoder_1_precision", off=(*OFF, "no_change"))),

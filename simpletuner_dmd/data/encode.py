@@ -33,6 +33,8 @@ EncodeVideo = Callable[[Tensor], Tensor]
 
 # Prompts per call of the encoder: enough to fill it, few enough that the bar moves.
 TEXT_BATCH = 16
+# Batches of latents, of a few megabytes each, that may wait for the disk.
+LATENTS_WAITING = 8
 
 
 def clip_to_pixels(frames_THWC: np.ndarray) -> Tensor:
@@ -176,7 +178,7 @@ def cache_latents(
     with (
         Claims(store.folder) as claims,
         tqdm(total=total, desc="video latents", unit="video", disable=not progress) as bar,
-        Saver() as saver,
+        Saver(LATENTS_WAITING) as saver,
     ):
         try:
             for bucket in missing.values():

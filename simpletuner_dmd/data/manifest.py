@@ -25,6 +25,7 @@ from simpletuner_dmd.data.store import CACHE_VERSION
 from simpletuner_dmd.data.video import VideoInfo
 
 MADE_HERE = "dataset.json"
+WORDS = (".txt", ".csv", ".jsonl", ".json", ".parquet")
 # The settings that decide which samples there are and which pixels the VAE sees.
 DECIDING = ("sizes", "num_frames", "min_frames", "max_frames", "frame_interval", "framerate", "minimum_image_size")
 
@@ -49,7 +50,7 @@ def manifest_path(settings: DatasetSettings) -> Path:
 
 def stands_in(entry: DatasetEntry, config: TrainConfig) -> Path | None:
     """The manifest to train from, because the dataset has no video files (any more)."""
-    if entry.dataset_type != "video" or entry.type != "local" or not entry.instance_data_dir:
+    if entry.dataset_type not in ("video", "image") or entry.type != "local" or not entry.instance_data_dir:
         return None
     settings = resolve(entry, config, LatentGeometry())
     if (settings.folder / MADE_HERE).is_file():
@@ -61,7 +62,9 @@ def stands_in(entry: DatasetEntry, config: TrainConfig) -> Path | None:
 
 
 def _files(settings: DatasetSettings) -> list[Path]:
-    return [path for path in list_files(settings.folder, [settings.vae_cache])[0] if path.suffix.lower() != ".txt"]
+    """All but captions and tables, which people keep."""
+    found = list_files(settings.folder, [settings.vae_cache])[0]
+    return [path for path in found if path.suffix.lower() not in WORDS]
 
 
 def restore(

@@ -151,7 +151,8 @@ class DataPlan:
         return found + self._encoded_in_part()
 
     def _too_small(self, bucket: BucketPlan) -> str:
-        size = f"{bucket.dataset}: bucket {bucket.bucket} has {bucket.passes} samples for a batch of {self.batch_words}"
+        samples = "1 sample" if bucket.passes == 1 else f"{bucket.passes} samples"
+        size = f"{bucket.dataset}: bucket {bucket.bucket} has {samples} for a batch of {self.batch_words}"
         advice = f"repeats: {bucket.repeats_needed} would fill it"
         if bucket.takes_part:
             return f"{size}, so some appear several times in a batch; {advice}"
@@ -161,8 +162,8 @@ class DataPlan:
         clips = {scan.settings.id for scan in self.scans if scan.settings.kind != "prompts"}
         small = [b for b in self.buckets if b.dataset in clips and b.samples < self.vae_batch_size]
         return [
-            f"{bucket.dataset}: bucket {bucket.bucket} has {bucket.samples} files for vae_batch_size "
-            f"{self.vae_batch_size}; they are encoded in one smaller batch"
+            f"{bucket.dataset}: bucket {bucket.bucket} has {bucket.samples} of the {self.vae_batch_size} files that "
+            "vae_batch_size asks for, and is encoded in one smaller batch"
             for bucket in small
         ]
 

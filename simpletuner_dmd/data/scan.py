@@ -260,18 +260,19 @@ def _clip_notices(usable: Sequence[VideoSample]) -> list[str]:
     notices = []
     several = sum(len(sample.captions) > 1 for sample in usable)
     if several:
-        notices.append(f"{several} caption files have several lines: each line is a caption, one is drawn per epoch")
+        files = "1 caption file has" if several == 1 else f"{several} caption files have"
+        notices.append(f"{files} several lines: each line is a caption, one is drawn per epoch")
     enlarged = [s for s in usable if s.crop.resize_width > s.info.width or s.crop.resize_height > s.info.height]
     if enlarged:
         example = f"{enlarged[0].path.name} ({enlarged[0].info.width}x{enlarged[0].info.height})"
         notices.append(
-            f"{len(enlarged)} files are smaller than their bucket and are enlarged, for example {example}; "
+            f"files smaller than their bucket, which are enlarged: {len(enlarged)}, for example {example}; "
             "minimum_image_size leaves such files out"
         )
     slow = [sample for sample in usable if sample.info.fps < 12]
     if slow:
         notices.append(
-            f"{len(slow)} videos have fewer than 12 frames per second, so frames are shown twice, "
+            f"videos with fewer than 12 frames per second, of which frames are shown twice: {len(slow)}, "
             f"for example {slow[0].path.name} ({slow[0].info.fps:.4g})"
         )
     return notices

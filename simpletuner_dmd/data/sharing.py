@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -122,26 +123,39 @@ def _still(
 
 
 class Saver:
-    """Saves in a thread of its own, one job at a time, so that the encoder does not wait for the disk.
+    """Saves in a thread of its own, one job after the other, so that the encoder does not wait for the disk.
 
-    What was handed over is saved also when the block ends with an error; an error of saving comes out of the next call.
+    What was handed over is saved also when the block ends with an error. An error of saving comes out of a later call,
+    and what was handed over after it is not saved. depth: jobs that may wait, so that one slow flush of the disk does
+    not stop the encoder; each holds its data in memory.
     """
+
+    def __init__(self, depth: int = 1) -> None:
+        self._depth = depth
 
     def __enter__(self) -> Self:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="save")
-        self._job: Future[None] | None = None
+        self._jobs: deque[Future[None]] = deque()
+        self._failed = False
         return self
 
     def save(self, job: Callable[[], None]) -> None:
-        """Runs `job` beside the caller, after the one before it."""
-        self.settle()
-        self._job = self._pool.submit(job)
+        """Runs `job` beside the caller, after those before it."""
+        while self._jobs and (len(self._jobs) >= self._depth or self._jobs[0].done()):
+            self._jobs.popleft().result()
+        self._jobs.append(self._pool.submit(self._run, job))
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        self._failed = True
+        job()
+        self._failed = False
 
     def settle(self) -> None:
         """Waits until everything is saved. Raises what saving raised."""
-        job, self._job = self._job, None
-        if job is not None:
-            job.result()
+        while self._jobs:
+            self._jobs.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip

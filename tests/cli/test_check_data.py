@@ -71,7 +71,7 @@ def test_one_table_with_the_fix_of_each_kind(home: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     header, row = [line.split() for line in shown.split("Data:\n")[1].splitlines()[:2]]
     assert (header, row) == (["dataset", "usable", "too", "short"], ["clips", "3", "1"])
-    assert "Left out, too short (1). Fix: lower video.min_frames" in shown
+    assert "Left out of clips: too short (1), in " in shown and "Fix: lower video.min_frames" in shown
     assert "clips  64x64x9: 3" in shown and "repeats: 1 would fill it" in shown
     assert "latents of 3 clips" in shown
 

@@ -37,6 +37,52 @@ def test_an_entry_takes_what_it_leaves_out_from_the_config() -> None:
     assert (entry.resolution, entry.resolution_type, entry.minimum_image_size) == (0.5, "area", 0.1)
 
 
+def test_prompt_and_sizes_of_the_config_are_defaults_of_the_entries() -> None:
+    cut = {
+        **VIDEO,
+        "crop": True,
+        "crop_style": "corner",
+        "crop_aspect": "closest",
+        "caption_strategy": "instanceprompt",
+    }
+    config = {"instance_prompt": "a film of xyz", "maximum_image_size": 900, "target_downsample_size": 700}
+    found = completed(cut, **config)
+    assert found.notices == [] and found.problems == []
+    entry = found.entries[0]
+    assert (entry.instance_prompt, entry.maximum_image_size, entry.target_downsample_size) == (
+        "a film of xyz",
+        900,
+        700,
+    )
+    own = completed({**cut, "instance_prompt": "mine", "target_downsample_size": 800}, **config).entries[0]
+    assert (own.instance_prompt, own.target_downsample_size) == ("mine", 800)
+    for raw in ({"caption_strategy": "instanceprompt"}, {"prepend_instance_prompt": True}):
+        (problem,) = completed({**VIDEO, **raw}).problems
+        assert (problem.key, problem.message) == ('dataset "clips": instance_prompt', "is needed and missing")
+
+
+def test_sizes_of_the_config_in_another_unit_are_not_taken() -> None:
+    found = completed({**VIDEO, "resolution_type": "area"}, resolution=480, minimum_image_size=300)
+    assert [problem.key.split()[-1] for problem in found.problems] == ["resolution", "minimum_image_size"]
+    assert 'config.json\'s 480 is in the unit of resolution_type "pixel_area"' in found.problems[0].message
+    own = {**VIDEO, "resolution_type": "area", "resolution": 0.5, "minimum_image_size": 0.1}
+    assert completed(own, minimum_image_size=300).problems == []
+    assert completed({**VIDEO, "resolution_type": "pixel"}, minimum_image_size=300).problems == []
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"maximum_image_size": 9}, "maximum_image_size act only with crop: true"),
+        ({"crop_style": "random", "crop_aspect": "closest"}, "crop_aspect, crop_style act only with crop: true"),
+        ({"crop": True, "target_downsample_size": 9}, "acts only on files above maximum_image_size"),
+    ],
+)
+def test_keys_of_the_crop_that_cannot_act_are_named(raw: dict[str, Any], expected: str) -> None:
+    (notice,) = completed({**VIDEO, **raw}).notices
+    assert expected in notice
+
+
 def test_the_text_cache_has_a_default_and_an_entry() -> None:
     text = completed(VIDEO, cache_dir_text="t", write_batch_size=7).text_embeds
     assert text is not None
@@ -91,7 +137,6 @@ def test_disabled_entries_are_left_out_whatever_else_they_hold() -> None:
         ({**VIDEO, "caption_strategy": "csv", "metadata_backend": "parquet"}, "metadata_backend", "one table"),
         ({**VIDEO, "dataset_type": "vidoe"}, "dataset_type", "must be one of"),
         ({**VIDEO, "metadata_backend": "tar"}, "metadata_backend", "must be one of"),
-        ({**VIDEO, "caption_strategy": "instanceprompt"}, "instance_prompt", "missing"),
         ({**VIDEO, "video": {"num_frame": 5}}, "video.num_frame", "did you mean"),
         ({**VIDEO, "video": {"num_frames": 0}}, "video.num_frames", "at least 1"),
         ({**VIDEO, "video": {"num_frames": 9, "max_frames": 8}}, "video.max_frames", "every clip"),
@@ -163,7 +208,11 @@ def test_the_wan_guides_file_is_read_as_it_is() -> None:
     text = {"id": "text-embeds", "type": "local", "dataset_type": "text_embeds", "default": True,
             "cache_dir": "cache/text/wan", "disabled": False, "write_batch_size": 128}  # fmt: skip
     found = completed(clips, text)
-    assert found.notices == ['dataset "disney-black-and-white": num_frames 75 -> 73: Wan takes 4n+1 frames.']
+    assert found.notices == [
+        'dataset "disney-black-and-white": num_frames 75 -> 73: Wan takes 4n+1 frames.',
+        'dataset "disney-black-and-white": maximum_image_size, target_downsample_size act only with crop: true; each '
+        "video keeps its own shape.",
+    ]
     assert (found.entries[0].video.num_frames, found.entries[0].video.min_frames) == (73, 75)
 
 

@@ -54,7 +54,7 @@ def test_small_buckets_stay_where_they_are_asked_to(folder: Path, tmp_path: Path
 def test_vae_batch_size_is_compared_with_the_files(folder: Path, tmp_path: Path) -> None:
     plan = plan_of([entry(folder, repeats=9)], make_config(tmp_path, vae_batch_size=3))
     assert plan.notices() == [
-        "clips: bucket 96x48x9 has 2 files for vae_batch_size 3; they are encoded in one smaller batch"
+        "clips: bucket 96x48x9 has 2 of the 3 files that vae_batch_size asks for, and is encoded in one smaller batch"
     ]
     (tmp_path / "p.txt").write_text("one")
     assert plan_of([prompts_entry(tmp_path / "p.txt")], make_config(tmp_path, vae_batch_size=3)).notices() == []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.data.store import decode_tensor
@@ -81,6 +82,27 @@ def test_training_goes_on_without_the_raw_files(
     assert project.train("resume_from_checkpoint=none") == 2
 
 
+def test_pictures_are_inspected_and_outlive_their_files(
+    make_project: ProjectMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (60 * number, 90, 30)).save(folder / f"{number}.png")
+    (folder / "metadata.csv").write_text("file_name,caption\n0.png,dark\n1.png,bright\n")
+    entry = {"dataset_type": "image", "caption_strategy": "csv", "video": None}
+    project = make_project(
+        datasets=videos_dataset(folder, **entry), distillation={"rollout": "data_latent"}, train_batch_size=1
+    )
+    assert cache(project) == 0
+    assert cache(project, "inspect", "--out", str(tmp_path / "seen")) == 0
+    assert [frame_count(video) for video in sorted((tmp_path / "seen").rglob("*.mp4"))] == [1, 1]
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    forbid_encoders(monkeypatch)
+    assert cache(project) == 0, "the table that is left is no file to encode"
+
+
 # --- the verb ---------------------------------------------------------------------------------------------------------
 
 
@@ -98,14 +120,23 @@ def test_cache_fills_what_training_needs(
     assert cache(project, "--json") == 0
     document = json.loads(capsys.readouterr().out)
     assert document["text"]["prompts"] == document["text"]["encoded"] == 5
+    assert document["estimate"]["clips"] == 4 and document["estimate"]["latent_bytes"] == sum(
+        tensor.numel() * 4 for tensor in latents_on_disk(project)
+    )
     (dataset,) = document["datasets"]
     assert (dataset["usable"], dataset["latents"], document["latents_encoded"]) == (4, 4, 4)
     assert dataset["left_out"][0]["path"].endswith("broken.mp4")
     forbid_encoders(monkeypatch)
     assert cache(project) == 0
     said = capsys.readouterr().out
-    assert "5 prompts, 0 encoded" in said and "4 cached in" in said and "broken.mp4" in said
+    assert said.index("From nothing: 4 captions, about") < said.index("5 prompts, 0 encoded")
+    assert "latents of 4 clips, about" in said and "4 cached in" in said and "broken.mp4" in said
     assert project.train() == 0
+
+
+def latents_on_disk(project: Project) -> list[torch.Tensor]:
+    files = (project.folder / "cache" / "vae").rglob("??/*.safetensors*")
+    return [decode_tensor(file.read_bytes())[0] for file in files]
 
 
 def test_all_also_caches_latents_that_no_loss_reads(

@@ -18,7 +18,7 @@ from simpletuner_dmd.data.store import LatentStore
 from simpletuner_dmd.data.video import read_clip, write_mp4
 from simpletuner_dmd.flow import TextEmbedding, euler_sigmas
 from simpletuner_dmd.validation.render import to_frames
-from simpletuner_dmd.validation.sampling import reference_noise
+from simpletuner_dmd.validation.sampling import Sampler, reference_noise
 from simpletuner_dmd.wan import encoders
 from simpletuner_dmd.wan.loading import load_transformer
 from tests.e2e.conftest import ProjectMaker
@@ -73,6 +73,26 @@ def test_latents_are_the_teachers_own(project: Project, tmp_path: Path) -> None:
         expected = by_hand(project, row["captions"][0], seeds[row["captions"][0]])
         assert torch.allclose(store.load(row["key"]), expected, atol=1e-5)
         assert store.note(row["key"])["seed"] == str(seeds[row["captions"][0]])
+
+
+def test_a_batch_makes_the_same_videos_in_fewer_forwards(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    genuine, sizes = Sampler.sample, []
+
+    def counting(self: Sampler, denoiser: Any, first: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append(len(first))
+        return genuine(self, denoiser, first, *rest)
+
+    monkeypatch.setattr(Sampler, "sample", counting)
+    for name, batch in (("one", "1"), ("three", "3")):
+        assert make(project, tmp_path / name, "--latents", "--batch", batch) == 0
+    assert len(PROMPTS) == 4 and sizes == [1, 1, 1, 1, 3, 1]
+    one, three = (LatentStore(tmp_path / name, compress=True) for name in ("one", "three"))
+    for row in json.loads((tmp_path / "one" / MADE_HERE).read_text())["samples"]:
+        assert torch.allclose(one.load(row["key"]), three.load(row["key"]), atol=1e-5)
+        assert one.note(row["key"]) == three.note(row["key"])
+    assert make(project, tmp_path / "none", "--batch", "0") == 2
 
 
 def test_latents_train_without_any_encoding(
