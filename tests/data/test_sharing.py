@@ -233,6 +233,21 @@ def test_an_error_of_the_saver_comes_out_and_what_was_handed_over_is_saved() -> 
     assert saved == [1, 3]
 
 
+def test_nothing_is_saved_after_an_error_although_it_waited_in_line() -> None:
+    saved: list[int] = []
+
+    def full() -> None:
+        time.sleep(0.1)
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match="full"), Saver(depth=8) as saver:
+        saver.save(lambda: saved.append(1))
+        saver.save(full)
+        saver.save(lambda: saved.append(2))
+        assert saved in ([], [1]), "the caller did not wait"
+    assert saved == [1]
+
+
 def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
