@@ -224,8 +224,12 @@ class Assembly:
     def schedule(self) -> Schedule:
         """The student's shift and ladder; no ladder in supervised training."""
         config = self.config
-        shift = config.flow_schedule_shift or SUPERVISED_SAMPLING_SHIFT
+        shift = self._shift if config.distillation_config is None else config.distillation.ladder_shift(self._shift)
         return Schedule(shift, tuple(timestep / TIMESTEPS for timestep in config.student_timesteps()))
+
+    @property
+    def _shift(self) -> float:
+        return self.config.flow_schedule_shift or SUPERVISED_SAMPLING_SHIFT
 
     @property
     def student_sampler(self) -> Sampler:
@@ -260,9 +264,7 @@ class Assembly:
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
         config = self.config
-        return Sampler(
-            Schedule(self.schedule.shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance
-        )
+        return Sampler(Schedule(self._shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance)
 
     # --- the method -------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dmd": CRITIC | {"student_steps": 3, "weak_lora_scale": 0.25},
     "lcm": {"student_steps": 4, "num_ddim_timesteps": 16},
     "pcm": {"phases": 4, "num_ddim_timesteps": 16, "adv_weight": 0.1, "discriminator_head_stride": 1},
-    "dcm": {"student_steps": 4, "euler_timesteps": 20, "dcm_shift": 3, "temporal_coherence_lag": 1,
+    "dcm": {"student_steps": 4, "euler_timesteps": 20, "dcm_shift": 4, "temporal_coherence_lag": 1,
             "discriminator_head_stride": 1},
     "self_forcing": CRITIC | {"student_steps": 3, "num_frame_per_block": 1, "context_noise": 50},
     "diffusion_forcing": {"num_frame_per_block": 1},
@@ -114,6 +114,7 @@ def test_two_experts_are_shipped_with_their_boundary(make_project: ProjectMaker,
     export = project.output / "export"
     document = json.loads((export / "distill.json").read_text())
     ladder, experts = document["ladder"]["sigmas"], document["experts"]
+    assert document["shift"] == SETTINGS["dcm"]["dcm_shift"]
     assert experts["high_noise_steps"] == sum(sigma >= experts["boundary"] for sigma in ladder) == 2
     graph = json.loads((export / "comfyui" / "workflow.json").read_text())
     assert graph["21"]["inputs"]["step"] == 2 and graph["24"]["inputs"]["latent_image"] == ["11", 0]

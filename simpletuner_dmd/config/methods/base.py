@@ -136,6 +136,10 @@ class DistillationOptions(Options):
         """The option that describes the ladder, for a message about it."""
         return "student_steps" if getattr(self, "student_steps", None) is not None else "dmd_denoising_steps"
 
+    def ladder_shift(self, shift: float) -> float:
+        """The shift that the ladder was made with: `flow_schedule_shift`, unless the method has its own."""
+        return shift
+
     @property
     def transition(self) -> str:
         """Between two rungs of the student's ladder: "sde" or "ode"."""

@@ -143,6 +143,9 @@ class DcmConfig(AdversaryOptions):
             raise ValueError(f"the ladder {', '.join(f'{step:g}' for step in steps)} {mistake}")
         return steps
 
+    def ladder_shift(self, shift: float) -> float:
+        return self.dcm_shift
+
     @property
     def ladder_key(self) -> str:
         return "student_steps" if self.denoising_steps is None else "denoising_steps"
