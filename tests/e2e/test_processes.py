@@ -67,6 +67,7 @@ def test_two_processes_stop_together_and_go_on(make_project: ProjectMaker) -> No
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
+    print(output)
     assert "Traceback" not in output
     reached = project.rows("step")[-1]["step"]
     assert reached < 200
@@ -83,4 +84,5 @@ def test_a_mistake_found_by_two_processes_is_still_a_sentence(make_project: Proj
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2, output
     assert "has no usable sample" in output and "notes.mp4" in output
+    print(output)
     assert "Traceback" not in output
