@@ -82,7 +82,9 @@ def _paragraphs(answer: Answer) -> list[str]:
     found = [_option(option, answer.read_by.get(option.key, [])) for option in answer.options]
     for entry in answer.absent:
         effect = "No value of it has an effect" if entry.harmless else "This tool does not have it"
-        found.append("\n".join([f"{entry.key}  (SimpleTuner's, {entry.section})", *_wrapped(f"{effect}: {entry.use}.")]))
+        found.append(
+            "\n".join([f"{entry.key}  (SimpleTuner's, {entry.section})", *_wrapped(f"{effect}: {entry.use}.")])
+        )
     return found
 
 

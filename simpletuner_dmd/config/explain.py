@@ -332,7 +332,9 @@ def _row(option: Option) -> str:
     meaning = option.description
     if option.aliases:
         meaning += f" Also written: {', '.join(option.aliases)}."
-    return "| " + " | ".join(_cell(part) for part in (f"`{option.key}`", values(option), option.default, meaning)) + " |"
+    return (
+        "| " + " | ".join(_cell(part) for part in (f"`{option.key}`", values(option), option.default, meaning)) + " |"
+    )
 
 
 def _cell(text: str) -> str:
