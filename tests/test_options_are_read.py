@@ -1,7 +1,5 @@
 """No option is accepted and then ignored: each one is read somewhere, as an attribute, by the code that acts on it."""
 
-import ast
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -9,6 +7,7 @@ from pydantic import BaseModel
 
 from simpletuner_dmd.config import METHODS, DatasetEntry, TableOptions, TrainConfig, VideoOptions
 from simpletuner_dmd.config.coerce import allowed_words
+from simpletuner_dmd.config.explain import ONLY_SHOW, attributes_read
 from simpletuner_dmd.config.lycoris import LycorisOptions, LycorisPreset
 from simpletuner_dmd.config.methods.dmd import BLOCK_KEYS
 from simpletuner_dmd.config.tread import TreadConfig, TreadRoute
@@ -47,19 +46,12 @@ READ_IN_CONFIG = {
 }
 
 
-def attributes_read(paths: Iterable[Path]) -> set[str]:
-    """Names that appear as `something.name` being read."""
-    found: set[str] = set()
-    for path in paths:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        found |= {
-            node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-        }
-    return found
-
-
 CONFIG = PACKAGE / "config"
-READ = attributes_read(path for path in PACKAGE.rglob("*.py") if CONFIG not in path.parents)
+READ = attributes_read(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if CONFIG not in path.parents and path.relative_to(PACKAGE).as_posix() not in ONLY_SHOW
+)
 OPTIONS = [
     (model, name)
     for model in (

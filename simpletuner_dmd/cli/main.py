@@ -23,6 +23,7 @@ VERBS = {
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
+    "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
 }
 
 
