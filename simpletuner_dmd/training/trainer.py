@@ -295,8 +295,14 @@ class Trainer:
 
     @contextmanager
     def _catching_signals(self) -> Iterator[None]:
+        """Ranks stop together, so one may be on its way out before its own copy of the signal arrives: that one is
+        absorbed, whenever it comes. The next stops at once, as always."""
+        received = 0
+
         def interrupt(number: int, frame: FrameType | None) -> None:
-            if self.interrupted:
+            nonlocal received
+            received += 1
+            if received > 1:
                 raise KeyboardInterrupt
             self.interrupted = True
 
@@ -304,8 +310,9 @@ class Trainer:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            if received or not self.interrupted:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
 
 def _detached(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
