@@ -147,7 +147,8 @@ class Trainer:
         self.validate, self.checkpointed = validate, checkpointed
         self.averaged = averaged
         self.step = 0
-        self.interrupted = False
+        self.asked_to_stop = False  # set by a signal at any moment, on this rank
+        self.interrupted = False  # what all ranks agreed on, between two steps
 
     @property
     def student_updates(self) -> int:
@@ -288,7 +289,9 @@ class Trainer:
     # --- interruption -----------------------------------------------------------------------------------------------
 
     def _agree_on_interrupt(self) -> None:
-        """Ranks stop at the same step: a signal may have reached one of them only."""
+        """Ranks stop at the same step: a signal may have reached one of them only. One that comes after this waits for
+        the next step: a rank that left by itself would leave the others alone in their next collective."""
+        self.interrupted = self.asked_to_stop
         if self.accelerator.num_processes > 1:
             flag = torch.tensor([float(self.interrupted)], device=self.settings.device)
             self.interrupted = bool(self.accelerator.reduce(flag, reduction="sum").item() > 0)
@@ -304,7 +307,7 @@ class Trainer:
             received += 1
             if received > 1:
                 raise KeyboardInterrupt
-            self.interrupted = True
+            self.asked_to_stop = True
 
         before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
