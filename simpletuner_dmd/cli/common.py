@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
+RESOLVED = "config.resolved.json"  # in the output folder of a run: every option as it was
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 
