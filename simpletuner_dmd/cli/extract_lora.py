@@ -39,9 +39,10 @@ def run(args: argparse.Namespace) -> int:
         )
         reference = opened.reference()
     opened.close()
-    print(f"{out}: a LoRA of rank {args.rank}, lossy. Of the change of its layers {found.relative_error:.1%} is missing "
-          f"(in {found.worst_layer} {found.worst_error:.1%}); {found.left_out:.1%} of all changes are in tensors that "
-          "no LoRA carries")  # fmt: skip
+    lost, worst = f"{found.relative_error:.1%}", f"{found.worst_error:.1%}"
+    print(f"{out}: a LoRA of rank {args.rank}, lossy. {lost} of the change of its layers is missing (in "
+          f"{found.worst_layer} {worst}); {found.left_out:.1%} of all changes are in tensors that no LoRA "
+          "carries")  # fmt: skip
     verdict = load_back(out, replace(reference, base=opened.shipper.plain_base), judged=False)
     print(verdict.message)
     return 0 if verdict.passed or not verdict.checked else 1

@@ -18,7 +18,7 @@ from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.dialects import fold_alpha
 from simpletuner_dmd.publish.export import FORMATS, LowNoiseLora, dtype_name, export_full, export_lora
 from simpletuner_dmd.publish.extract import Extraction, extract_lora
-from simpletuner_dmd.publish.hub import QUEUE, HubUploader, Queue, Upload, check_access, push_command
+from simpletuner_dmd.publish.hub import QUEUE, HubUploader, Queue, check_access, push_command
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.load_back import Base, Reference
 from simpletuner_dmd.publish.lycoris import export_lycoris, folded
@@ -150,6 +150,8 @@ class Shipper:
             return
         if adapter.dora or info.blocks is not None:  # ComfyUI has no DoRA of this kind, and no block-wise sampling
             formats = ("diffusers",)
+        if info.boundary and "diffusers" not in formats:  # what switches the experts reads those
+            formats = ("diffusers", *formats)
         low_noise = roles.tensors("detail") if "detail" in roles.parameters else None
         export_lora(
             folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
@@ -274,7 +276,7 @@ class Shipper:
         if self.uploader is not None:
             self.uploader.upload(folder, path_in_repo=path_in_repo, message=message, temporary=temporary)
             return
-        Queue(self.output_dir / QUEUE).add(Upload(str(folder.resolve()), path_in_repo, message, temporary))
+        Queue(self.output_dir / QUEUE).list(folder, path_in_repo, message, temporary=temporary)
         self.kept = [f"not uploaded; push it later with: {push_command(self.output_dir)}"]
 
     def close(self) -> list[str]:

@@ -113,7 +113,8 @@ def _within(seconds: float, ask: Callable[[], Access]) -> Access | None:
 
 @dataclass(frozen=True)
 class Upload:
-    """One folder on its way. path_in_repo: "" is the top. temporary: the folder goes when the Hub has it."""
+    """One folder on its way. folder: within the output folder, or absolute. path_in_repo: "" is the top. temporary: the
+    folder goes when the Hub has it."""
 
     folder: str
     path_in_repo: str = ""
@@ -135,7 +136,18 @@ class Queue:
             found = [Upload(**entry) for entry in entries]
         except (OSError, ValueError, TypeError):
             return []
-        return [upload for upload in found if Path(upload.folder).is_dir()]
+        return [upload for upload in found if self.folder_of(upload).is_dir()]
+
+    def folder_of(self, upload: Upload) -> Path:
+        return self.path.parent / upload.folder
+
+    def list(self, folder: Path, path_in_repo: str, message: str, *, temporary: bool) -> Upload:
+        """Adds a folder; an output folder that is moved keeps its list, so one within it is named from there."""
+        folder, home = folder.resolve(), self.path.parent.resolve()
+        name = folder.relative_to(home) if folder.is_relative_to(home) else folder
+        upload = Upload(str(name), path_in_repo, message, temporary)
+        self.add(upload)
+        return upload
 
     def add(self, upload: Upload) -> None:
         """At the end; an earlier one to the same place is replaced: the folder holds the newer files."""
@@ -184,9 +196,7 @@ class HubUploader:
     def upload(self, folder: Path, *, path_in_repo: str = "", message: str = "Upload export",
                temporary: bool = False) -> None:  # fmt: skip
         """Lists `folder` for upload, durably, and returns at once."""
-        upload = Upload(str(folder.resolve()), path_in_repo, message, temporary)
-        self.queue.add(upload)
-        self._submit(upload)
+        self._submit(self.queue.list(folder, path_in_repo, message, temporary=temporary))
 
     def close(self, timeout: float = 600.0, *, patient: bool = False) -> bool:
         """Waits for the listed uploads at the end of a run, `timeout` seconds at most. True if all of them were tried.
@@ -225,21 +235,31 @@ class HubUploader:
 
     def _send(self, upload: Upload) -> None:
         from huggingface_hub import HfApi
+        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils import logging as library
 
+        disable_progress_bars()
+        library.set_verbosity_error()  # its warnings hold addresses with signatures
         api = HfApi(token=self._token, endpoint=self._endpoint)
         api.create_repo(self.repo_id, private=self._private, exist_ok=True)
-        api.upload_folder(repo_id=self.repo_id, folder_path=upload.folder, path_in_repo=upload.path_in_repo or None,
-                          commit_message=upload.message, ignore_patterns=NOT_UPLOADED)  # fmt: skip
+        api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=self.queue.folder_of(upload),
+            path_in_repo=upload.path_in_repo or None,
+            commit_message=upload.message,
+            ignore_patterns=NOT_UPLOADED,
+        )
 
     def _done(self, upload: Upload) -> None:
+        folder = self.queue.folder_of(upload)
         self.queue.remove(upload)
-        self.uploaded.append(Path(upload.folder))
-        log.info("Uploaded %s to %s", upload.folder, self.repo_id)
+        self.uploaded.append(folder)
+        log.info("Uploaded %s to %s", folder, self.repo_id)
         if upload.temporary:
-            shutil.rmtree(upload.folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _failed(self, upload: Upload, reason: str) -> None:
-        sentence = (f"{upload.folder} was not uploaded to {self.repo_id}: {reason}. "
+        sentence = (f"{self.queue.folder_of(upload)} was not uploaded to {self.repo_id}: {reason}. "
                     f"Push it later with: {push_command(self.output_dir)}")  # fmt: skip
         self.failures.append(sentence)
         log.warning(sentence)

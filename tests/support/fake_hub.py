@@ -159,9 +159,11 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._may_write(name):
             return
         if name in self.server.repositories:
-            self._json(409, {"error": "You already created this model repo"})
+            self._json(409, {"error": "You already created this model repo", "url": f"{self.server.url}/{name}"})
             return
-        self.server.repositories[name] = Repository(bool(wanted.get("private")))
+        self.server.repositories[name] = Repository(
+            wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        )
         self._json(200, {"url": f"{self.server.url}/{name}", "name": name})
 
     def auth_write(self, body: bytes, name: str) -> None:
