@@ -208,9 +208,15 @@ def test_what_a_run_recorded_is_taken_over(tmp_path):
 
 
 def test_settings_are_shown_without_the_machine(tmp_path):
-    options = {"webhook_config": {"webhook_url": "secret"}, "output_dir": "/home/me/out", "seed": 5,
-               "hub_model_id": None, "pretrained_model_name_or_path": "Wan-AI/Wan2.1", "init_lora": str(tmp_path / "it.safetensors"),
-               "names": ["/home/me/a", "plain"]}  # fmt: skip
+    options = {
+        "webhook_config": {"webhook_url": "secret"},
+        "output_dir": "/home/me/out",
+        "seed": 5,
+        "hub_model_id": None,
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.1",
+        "init_lora": str(tmp_path / "it.safetensors"),
+        "names": ["/home/me/a", "plain"],
+    }
     assert record.shown_config(options) == {
         "seed": 5, "pretrained_model_name_or_path": "Wan-AI/Wan2.1", "init_lora": "it.safetensors",
         "names": ["a", "plain"],

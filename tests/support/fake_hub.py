@@ -58,6 +58,9 @@ class FakeHub(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed, or whose connection was dropped on purpose, is no news."""
+
     def fail(self, pattern: str, how: int | str, times: int = 1, method: str = "") -> None:
         self.failures.append(Failure(pattern, how, times, method))
 

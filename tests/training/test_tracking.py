@@ -201,4 +201,4 @@ def test_an_animated_picture_is_small(tmp_path):
     picture, width, height = animated(video)
     with Image.open(io.BytesIO(picture)) as opened:
         assert (opened.n_frames, opened.size, (width, height)) == (34, (320, 160), (320, 160))
-        assert opened.info["duration"] == round(3000 / 16, -1)  # in hundredths of a second, which is what GIF has
+        assert abs(opened.info["duration"] - 3000 / 16) < 10  # GIF counts in hundredths of a second
