@@ -276,7 +276,7 @@ class Shipper:
         if self.uploader is not None:
             self.uploader.upload(folder, path_in_repo=path_in_repo, message=message, temporary=temporary)
             return
-        Queue(self.output_dir / QUEUE).list(folder, path_in_repo, message, temporary=temporary)
+        Queue(self.output_dir / QUEUE).enlist(folder, path_in_repo, message, temporary=temporary)
         self.kept = [f"not uploaded; push it later with: {push_command(self.output_dir)}"]
 
     def close(self) -> list[str]:

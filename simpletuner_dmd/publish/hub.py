@@ -141,7 +141,7 @@ class Queue:
     def folder_of(self, upload: Upload) -> Path:
         return self.path.parent / upload.folder
 
-    def list(self, folder: Path, path_in_repo: str, message: str, *, temporary: bool) -> Upload:
+    def enlist(self, folder: Path, path_in_repo: str, message: str, *, temporary: bool) -> Upload:
         """Adds a folder; an output folder that is moved keeps its list, so one within it is named from there."""
         folder, home = folder.resolve(), self.path.parent.resolve()
         name = folder.relative_to(home) if folder.is_relative_to(home) else folder
@@ -196,7 +196,7 @@ class HubUploader:
     def upload(self, folder: Path, *, path_in_repo: str = "", message: str = "Upload export",
                temporary: bool = False) -> None:  # fmt: skip
         """Lists `folder` for upload, durably, and returns at once."""
-        self._submit(self.queue.list(folder, path_in_repo, message, temporary=temporary))
+        self._submit(self.queue.enlist(folder, path_in_repo, message, temporary=temporary))
 
     def close(self, timeout: float = 600.0, *, patient: bool = False) -> bool:
         """Waits for the listed uploads at the end of a run, `timeout` seconds at most. True if all of them were tried.

@@ -170,11 +170,11 @@ def test_accelerates_trackers_are_made_as_it_makes_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
 def test_a_real_tracker_takes_a_whole_run(tmp_path, monkeypatch, caplog, name):
     """The libraries themselves, without account or network: what the recorders above cannot know."""
-    pytest.importorskip(name, reason=f"{name} is an extra")
     accelerate = pytest.importorskip("accelerate")
     settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
     for variable, value in {**settings, "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(variable, value)
+    pytest.importorskip(name, reason=f"{name} is an extra")  # trackio reads its folder when it is imported
     video = write_moving_square(tmp_path / "x.mp4", frames=5)
     try:
         with caplog.at_level(logging.WARNING, logger=tracking.__name__):
