@@ -93,7 +93,9 @@ def _skeleton(source: ModelSource) -> nn.Module:
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):
-        return WanTransformer3DModel.from_config(transformer_config(source))
+        network = WanTransformer3DModel.from_config(transformer_config(source))
+    # Real, for lycoris' `full` modules copy into what they are made like; memory that nothing writes to costs nothing.
+    return network.to_empty(device="cpu")
 
 
 def _folder_of(source: ModelSource) -> Path:
