@@ -63,7 +63,9 @@ def document(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "distill.json").read_text(encoding="utf-8"))
 
 
-def test_the_average_is_exported_and_the_weights_as_trained_beside_it(averaged: Project) -> None:
+def test_the_average_is_exported_and_the_weights_as_trained_beside_it(
+    averaged: Project, capsys: pytest.CaptureFixture[str]
+) -> None:
     export = averaged.output / "export"
     average, raw = (load_file(folder / "diffusers" / "pytorch_lora_weights.safetensors")
                     for folder in (export, export / "raw"))  # fmt: skip
@@ -97,28 +99,24 @@ def test_the_average_is_exported_and_the_weights_as_trained_beside_it(averaged: 
     torch.testing.assert_close(merged.get_submodule(layer).weight.detach(), expected, rtol=1e-6, atol=1e-7)
     assert document(out / "merged")["model_type"] == "full"
 
+    assert main(["extract-lora", str(averaged.output)]) == 2
+    assert "is a LoRA already" in capsys.readouterr().err
+
 
 def test_a_lora_extracted_from_a_full_student_says_how_lossy_it_is(
     make_project: ProjectMaker, capsys: pytest.CaptureFixture[str]
 ) -> None:
     project = make_project(max_train_steps=2, model_type="full", learning_rate=1e-3)
     assert project.train() == 0
-    errors = []
-    for rank in (2, 32):
-        assert main(["extract-lora", str(project.output), "--rank", str(rank)]) == 0
-        folder = project.output / "export" / f"lora-rank{rank}"
-        found = document(folder)
-        assert found["model_type"] == "lora" and found["adapter"]["rank"] == rank == found["extracted"]["rank"]
-        errors.append(found["extracted"]["relative_error"])
-        assert "lossy" in (folder / "README.md").read_text(encoding="utf-8")
-        assert (folder / "comfyui" / f"output-lora-rank{rank}.safetensors").is_file()
-    assert errors[0] > 0.05 and errors[1] < 1e-4  # the layers are 32 wide
+    assert main(["extract-lora", str(project.output), "--rank", "2"]) == 0
+    folder = project.output / "export" / "lora-rank2"
+    found = document(folder)
+    assert found["model_type"] == "lora" and found["adapter"]["rank"] == 2 == found["extracted"]["rank"]
+    assert found["extracted"]["relative_error"] > 0.05  # of layers that are 32 wide
+    assert "lossy" in (folder / "README.md").read_text(encoding="utf-8")
+    assert (folder / "comfyui" / "output-lora-rank2.safetensors").is_file()
     output = capsys.readouterr().out
     assert "lossy" in output and "reported, not judged" in output
-    lora = make_project("lora", max_train_steps=1)
-    assert lora.train() == 0
-    assert main(["extract-lora", str(lora.output)]) == 2
-    assert "is a LoRA already" in capsys.readouterr().err
 
 
 def test_a_quantised_base_is_the_one_that_is_judged(make_project: ProjectMaker) -> None:
