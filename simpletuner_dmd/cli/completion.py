@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import argcomplete
+    from argcomplete.shell_integration import shellcode
 
-    print(argcomplete.shellcode(["simpletuner"], shell=args.shell))
+    print(shellcode(["simpletuner"], shell=args.shell))
     return 0
 
 
@@ -27,7 +27,7 @@ def answer(verbs: dict[str, tuple[str, str]]) -> None:
     """Tells the shell what could come next, and ends the process."""
     import argcomplete
 
-    argcomplete.autocomplete(whole_parser(verbs), always_complete_options="long", default_completer=None)
+    argcomplete.autocomplete(whole_parser(verbs), always_complete_options="long")
 
 
 def whole_parser(verbs: dict[str, tuple[str, str]]) -> argparse.ArgumentParser:
@@ -45,11 +45,12 @@ def whole_parser(verbs: dict[str, tuple[str, str]]) -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(prefix: str, **_: Any) -> list[str]:
+def _overrides(prefix: str, **context: Any) -> list[str]:
     """KEY= for every option of config.json; KEY=VALUE where the key is there and takes one of a few values."""
     from simpletuner_dmd.config.explain import sections
 
-    allowed = {section.prefix + option.key: option.allowed or (("true", "false") if option.type == "true or false" else ())
+    yes_no = ("true", "false")
+    allowed = {section.prefix + option.key: option.allowed or (yes_no if option.type == "true or false" else ())
                for section in sections() if section.file == "config.json" for option in section.options}  # fmt: skip
     key, equals, _ = prefix.partition("=")
     return [f"{key}={value}" for value in allowed.get(key, ())] if equals else [f"{key}=" for key in allowed]
@@ -79,4 +80,4 @@ def _keys(**_: Any) -> list[str]:
     return ["schedule", *known_keys()]
 
 
-_COMPLETERS = {"env": _environments, "example": _examples, "run": _runs, "key": _keys}
+_COMPLETERS: dict[str, Callable[..., list[str]]] = {"env": _environments, "example": _examples, "run": _runs, "key": _keys}

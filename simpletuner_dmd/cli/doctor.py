@@ -192,7 +192,7 @@ def video() -> Finding:
 
 
 def hub() -> Finding:
-    """The token, and whether it may write. Network trouble is a note: training needs no Hub once the models are there."""
+    """The token, and whether it may write. Never worse than a note: training needs no Hub once the models are there."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError
 
