@@ -80,4 +80,6 @@ def _keys(**_: Any) -> list[str]:
     return ["schedule", *known_keys()]
 
 
-_COMPLETERS: dict[str, Callable[..., list[str]]] = {"env": _environments, "example": _examples, "run": _runs, "key": _keys}
+_COMPLETERS: dict[str, Callable[..., list[str]]] = {
+    "env": _environments, "example": _examples, "run": _runs, "key": _keys
+}  # fmt: skip
