@@ -19,6 +19,11 @@ any option of config.json can be given as well, and wins over the file:
   distillation_config.fake_score_lr=4e-7"""
 
 
+def module_of(verb: str) -> str:
+    """The module that is a verb: "extract-lora" is cli/extract_lora.py."""
+    return f"simpletuner_dmd.cli.{verb.replace('-', '_')}"
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --config, --env, --example; every other argument becomes an override of an option."""
     which = parser.add_mutually_exclusive_group()
