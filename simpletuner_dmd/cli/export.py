@@ -34,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     shipper, roles, updates = opened.shipper, opened.student.roles, opened.updates
     with opened.student.best() as averaged:
         if as_adapter:
-            shipper.export(out, roles, opened.data, steps=updates, averaged=averaged, formats=dialects)
+            shipper.export(
+                out, roles, opened.data, steps=updates, averaged=averaged, formats=dialects, raw_beside=averaged
+            )
         if merged:
             exact = shipper.export_merged(out / "merged", roles, opened.data, steps=updates, averaged=averaged)
         reference = opened.reference()

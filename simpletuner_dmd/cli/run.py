@@ -331,7 +331,7 @@ class TrainingRun:
         folder, shipper, tracking, step = self.output_dir / "export", parts.shipper, parts.tracking, parts.trainer.step
         updates = parts.trainer.student_updates
         with parts.best_student() as averaged:
-            shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
+            shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged, raw_beside=averaged)
             reference = shipper.reference(parts.roles, *check_text(parts.data))
         if averaged:
             shipper.export_raw(folder, parts.roles, parts.data, steps=updates)

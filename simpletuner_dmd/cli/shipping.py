@@ -127,11 +127,18 @@ class Shipper:
 
     def export(
         self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int, averaged: bool,
-        formats: Sequence[str] = (),
+        formats: Sequence[str] = (), raw_beside: bool = False,
     ) -> None:  # fmt: skip
-        """Writes the student as it stands (inside an EMA swap: the average). formats: of a LoRA; default: the run's."""
+        """Writes the student as it stands (inside an EMA swap: the average). formats: of an adapter; default: as the
+        run's settings say. raw_beside: `export_raw` is called too.
+
+        Raises UserError where ComfyUI's is asked for and there is none.
+        """
+        if "comfyui" in formats and (reason := self._not_for_comfyui(roles)):
+            raise UserError(f"this student cannot be written for ComfyUI: {reason}", key="--to",
+                            fix="export it without `--to comfyui`")  # fmt: skip
         info = self.info(data, steps=steps, averaged=averaged)
-        info = replace(info, raw_beside=averaged, videos=copy_videos(self.output_dir, folder))
+        info = replace(info, raw_beside=raw_beside, videos=copy_videos(self.output_dir, folder))
         self._write(folder, roles, info, formats)
 
     def export_raw(self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int) -> None:
@@ -145,11 +152,11 @@ class Shipper:
             export_full(folder, roles.student.transformer, info, low_noise=self._detail_lora(roles))
             return
         formats = formats or (FORMATS if self.config.lora_format == "both" else (self.config.lora_format,))
+        if self._not_for_comfyui(roles):
+            formats = ("diffusers",)
         if isinstance(adapter, LycorisSpec):
             self._export_lycoris(folder, roles, adapter, info, formats)
             return
-        if adapter.dora or info.blocks is not None:  # ComfyUI has no DoRA of this kind, and no block-wise sampling
-            formats = ("diffusers",)
         if info.boundary and "diffusers" not in formats:  # what switches the experts reads those
             formats = ("diffusers", *formats)
         low_noise = roles.tensors("detail") if "detail" in roles.parameters else None
@@ -157,6 +164,15 @@ class Shipper:
             folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
             low_noise=low_noise,
         )  # fmt: skip
+
+    def _not_for_comfyui(self, roles: Roles) -> str:
+        """Why ComfyUI could not use the student's adapter; empty where it can."""
+        adapter = roles.adapters.get("student")
+        if adapter is None:
+            return "it is a whole transformer; `simpletuner extract-lora` makes a LoRA of it"
+        if isinstance(adapter, AdapterSpec) and adapter.dora:
+            return "ComfyUI has no DoRA of this kind"
+        return "ComfyUI does not sample block by block" if self.assembly.block_sampling is not None else ""
 
     def export_merged(
         self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int, averaged: bool

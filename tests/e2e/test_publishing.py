@@ -115,7 +115,9 @@ def test_a_lora_extracted_from_a_full_student_says_how_lossy_it_is(
     assert found["extracted"]["relative_error"] > 0.05  # of layers that are 32 wide
     assert "lossy" in (folder / "README.md").read_text(encoding="utf-8")
     assert (folder / "comfyui" / "output-lora-rank2.safetensors").is_file()
-    output = capsys.readouterr().out
+    assert main(["export", str(project.output), "--to", "comfyui"]) == 2
+    output, mistake = capsys.readouterr()
+    assert "extract-lora" in mistake
     assert "lossy" in output and "reported, not judged" in output
 
 
