@@ -7,7 +7,7 @@
 - how long a training step of the demo waits for its batch
 - disk per prompt against 512 x 4096 bf16, the size that Wan's padded embeddings have
 
-Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Three
+Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Four
 minutes on two cores that others use as well.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CAPTIONS, CAPTION_ROUNDS = 48, 3
 # Pictures of this many pixels on a side, clips per round, rounds: of the demo's own size, and where encoding is work.
-VIDEOS = ((64, 48, 11), (192, 8, 7))
+VIDEOS = ((64, 192, 5), (192, 16, 5))
 NAIVE = 512 * 4096 * 2
 WORDS = ("a", "red", "blue", "cat", "dog", "robot", "river", "wave", "surfs", "dances", "slowly", "over", "fog")
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 from simpletuner_dmd.config.errors import UserError
@@ -28,6 +28,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LEFTOVER = re.compile(r"\.\d+-[0-9a-f]{8}\.partial")
 DAY = 24 * 3600.0
+FLUSHES_AT_ONCE = 8
+
+T = TypeVar("T")
 
 
 # Every change of the disk goes through one of these, so that a test can end the "process" at each of them.
@@ -79,6 +82,7 @@ class NewFile:
     def __init__(self, path: Path):
         self.path = path
         self.size = 0
+        self._flushed = False
 
     def __enter__(self) -> Self:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
@@ -86,6 +90,7 @@ class NewFile:
         return self
 
     def write(self, content: bytes | memoryview) -> None:
+        self._flushed = False
         view = memoryview(content)
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
@@ -94,14 +99,19 @@ class NewFile:
                 chunk = chunk[_write(self._descriptor, chunk) :]
         self.size += len(view)
 
+    def flush(self) -> None:
+        """Everything written is on the disk when this returns."""
+        _sync(self._descriptor)
+        self._flushed = True
+
     def _seen(self, chunk: memoryview) -> None:
         """For those who look at what is written."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
         try:
-            if kind is None:
-                _sync(self._descriptor)
+            if kind is None and not self._flushed:
+                self.flush()
         finally:
             os.close(self._descriptor)
 
@@ -140,18 +150,32 @@ def write_several(contents: Mapping[Path, bytes]) -> None:
     """
     beside = {path: _beside(path) for path in contents}
     try:
-        with ExitStack() as files:  # which are flushed when the block ends
+        with ExitStack() as stack:
+            files = []
             for path, content in contents.items():
                 make_folder(path.parent)
-                files.enter_context(NewFile(beside[path])).write(content)
+                files.append(stack.enter_context(NewFile(beside[path])))
+                files[-1].write(content)
+            _at_once(NewFile.flush, files)
         for path, temporary in beside.items():
             _replace(temporary, path)
-        for folder in dict.fromkeys(path.parent for path in contents):
-            sync_folder(folder)
+        _at_once(sync_folder, list(dict.fromkeys(path.parent for path in contents)))
     except OSError:
         for temporary in beside.values():
             temporary.unlink(missing_ok=True)
         raise
+
+
+def _at_once(flush: Callable[[T], None], things: list[T]) -> None:
+    """Flushes each, several at a time: a journal writes down together what is asked for together."""
+    if len(things) == 1:
+        flush(things[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor  # here, because the light verbs write one file at most
+
+    with ThreadPoolExecutor(min(len(things), FLUSHES_AT_ONCE), thread_name_prefix="flush") as pool:
+        for _ in pool.map(flush, things):
+            pass
 
 
 def write_text(path: Path, text: str) -> Path:

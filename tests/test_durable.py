@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -142,6 +143,13 @@ def test_several_files_are_all_on_the_disk_before_one_takes_its_name(
     write_several({tmp_path / place: place.encode() for place in ("one/a", "one/b", "two/c")})
     assert happened == ["_write"] * 3 + ["_sync"] * 3 + ["_replace"] * 3 + ["_sync"] * 2, "two folders"
     assert (tmp_path / "one" / "b").read_text() == "one/b"
+
+
+def test_several_files_are_flushed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(durable, "_sync", lambda descriptor: together.wait() and None)
+    write_several({tmp_path / name / "file": b"x" for name in "abc"})  # one after the other would break the barrier
+    assert together.broken is False
 
 
 @pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["kill", "full"])

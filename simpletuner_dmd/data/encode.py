@@ -44,7 +44,8 @@ LOTS_WAITING = 4
 
 def clip_to_pixels(frames_THWC: np.ndarray) -> Tensor:
     """[T, H, W, 3] uint8 to [3, T, H, W] fp32 in [-1, 1], the range of Wan's VAE."""
-    return torch.from_numpy(frames_THWC).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+    pixels_3THW = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)
+    return pixels_3THW.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def cache_text(
@@ -299,6 +300,8 @@ def _decode(batch: list[Clip]) -> Decoded:
             continue
         good.append(clip)
         pixels.append(clip_to_pixels(frames_THWC))
+    if len(pixels) == 1:
+        return good, pixels[0][None], failed  # without another copy
     return good, torch.stack(pixels) if pixels else torch.empty(0), failed
 
 
