@@ -7,8 +7,8 @@
 - how long a training step of the demo waits for its batch
 - disk per prompt against 512 x 4096 bf16, the size that Wan's padded embeddings have
 
-Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Four
-minutes on two cores that others use as well.
+Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Seven
+minutes on two cores that ten others use as well.
 """
 
 from __future__ import annotations
