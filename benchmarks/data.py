@@ -7,7 +7,7 @@
 - how long a training step of the demo waits for its batch
 - disk per prompt against 512 x 4096 bf16, the size that Wan's padded embeddings have
 
-Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Seven
+Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Up to nine
 minutes on two cores that ten others use as well.
 """
 
