@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.flavours import flavour_of
 from simpletuner_dmd.config.lycoris import NOT_FOR_COMFYUI, lycoris_problems
-from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import tread_notices
 
@@ -83,7 +83,7 @@ def _length_problems(config: TrainConfig) -> list[Problem]:
 def _size_problems(config: TrainConfig) -> list[Problem]:
     if config.validation_disable:
         return []
-    multiple = SIZE_MULTIPLE.get(config.model_flavour, DEFAULT_MULTIPLE)
+    multiple = flavour_of(config.model_flavour).size_multiple
     problems = []
     for size in config.validation_resolution:
         if any(side % multiple for side in size):
