@@ -34,9 +34,9 @@ TIMED_CLIPS = 2
 def geometry_of(loaded: LoadedConfig) -> LatentGeometry:
     """How the VAE of the flavour cuts a video, before anything of it is loaded."""
     from simpletuner_dmd.data.buckets import LatentGeometry
-    from simpletuner_dmd.wan.flavours import flavour_of, published_config
+    from simpletuner_dmd.wan.flavours import published_config
 
-    flavour = flavour_of(loaded.config.model_flavour)
+    flavour = loaded.config.flavour
     vae, transformer = published_config(flavour, "vae"), published_config(flavour, "transformer")
     return LatentGeometry(
         channels=vae["z_dim"],

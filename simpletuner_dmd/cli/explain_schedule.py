@@ -205,9 +205,7 @@ def even(window: SigmaWindow) -> Tensor:
 
 def one_frame(config: TrainConfig) -> tuple[int, int, int, int]:
     """A latent of the flavour's own size; only its height and width count, where the shift follows the size."""
-    from simpletuner_dmd.config.flavours import flavour_of
-
-    flavour = flavour_of(config.model_flavour)
+    flavour = config.flavour
     width, height = flavour.native_size
     cell = flavour.size_multiple // 2  # a token is 2 x 2 cells
     return (1, 1, height // cell, width // cell)

@@ -67,6 +67,12 @@ class ModelOptions(Options):
     pretrained_t5_model_name_or_path: str | None = Field(
         None, description="Takes text encoder and tokenizer from another Hub id or folder than the base model."
     )
+    other_expert_run: str | None = Field(
+        None,
+        description="For one of two experts: a finished run of the other one (its output or export folder). Validation "
+        "then renders with both students and the export holds both; without it the other expert is the teacher's own, "
+        "with its many steps. Also where `simpletuner synthesise --handover` takes the high-noise expert from.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
     variant: str | None = Field(None, description="Weight variant of the base model on the Hub, for example `fp16`.")
 
@@ -123,8 +129,11 @@ class DataOptions(Options):
         "Nothing is ever deleted.",
     )
     framerate: float = Field(
-        16.0, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
-    )
+        default_factory=lambda data: flavour_of(data.get("model_flavour", "")).framerate,
+        gt=0, le=240,
+        description="Frames per second the model works in; videos are resampled to it in time. Default: the flavour's, "
+        "16, or 24 for ti2v-5b-2.2.",
+    )  # fmt: skip
     cache_dir_text: str = Field("cache/text", description="Folder of the cached text embeddings.")
     cache_dir_vae: str = Field("cache/vae", description="Folder of the cached latents; each dataset has its own below.")
     tokenizer_max_length: int = Field(

@@ -86,19 +86,19 @@ class DMD(Stateless):
         self.teacher, self.student, self.critic, self.weak = teacher, student, critic, weak
         self.settings, self.device, self.own_roll_out = settings, device, roll_out
         self.needs_latents = bool(
-            settings.rollout.source == "data_latent" or settings.adversary or settings.ground_truth_weight
+            settings.rollout.source != "simulate" or settings.adversary or settings.ground_truth_weight
         )
         assert weak is not None or not self.exact_weak, "exact-both needs the critic at a fraction"
         self._shared: dict[tuple[int, ...], Rollout] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
-        for rung in range(len(settings.rollout.schedule.ladder)):
+        for rung in settings.rollout.rungs:
             self.score_window(rung)
-        self._critic_window = SigmaWindow(CRITIC_LOW, CRITIC_HIGH, settings.timestep_shift)
+        self.critic_window = critic_window(settings)
         self.adversary: Adversary | None = None
         if settings.adversary is not None:
             assert head is not None and blocks, "the adversarial term needs a head, and blocks to read"
             host = cast(Features, critic)
-            self.adversary = Adversary(host, head, blocks, settings.adversary, self._critic_window, device)
+            self.adversary = Adversary(host, head, blocks, settings.adversary, self.critic_window, device)
 
     @property
     def exact_weak(self) -> bool:
@@ -128,14 +128,17 @@ class DMD(Stateless):
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def score_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
-        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule).
+        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule), and
+        to what the teacher knows.
 
         Blocks that left at several rungs, from first_exit to exit_rung, share the smallest window that holds theirs.
         """
         s, schedule = self.settings, self.settings.rollout.schedule
         floor = schedule.next_sigma(exit_rung) if s.ts_schedule else s.min_score_timestep / 1000
         ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
-        return SigmaWindow(max(s.min_timestep_ratio, floor), min(s.max_timestep_ratio, ceiling), s.timestep_shift)
+        known = s.rollout.known
+        low, high = max(s.min_timestep_ratio, floor, known.low), min(s.max_timestep_ratio, ceiling, known.high)
+        return SigmaWindow(low, high, s.timestep_shift)
 
     def student_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         """One loss, whatever it is made of: all terms meet at x0, and one backward goes through the student."""
@@ -205,7 +208,7 @@ class DMD(Stateless):
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
         repeats = self.settings.critic_noise_repeats
         for repeat in range(repeats):
-            sigma_B = self._critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
+            sigma_B = self.critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
             noise = stream.normal(batch.latent_shape, f"critic/noise {repeat}").to(self.device)
             routed = Routing(stream, f"critic/tread {repeat}")
             velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
@@ -216,13 +219,19 @@ class DMD(Stateless):
 
     def _is_judged(self, rollout: Rollout) -> bool:
         """Whether the discriminator looks at this rollout, on which all ranks agree."""
-        adversary, last = self.settings.adversary, len(self.settings.rollout.schedule.ladder) - 1
+        adversary, last = self.settings.adversary, self.settings.rollout.rungs[-1]
         return adversary is not None and (rollout.first_exit == last or not adversary.last_step_only)
 
     def _roll_out(self, batch: Batch, stream: RandomStream, with_grad: bool) -> Rollout:
         if self.own_roll_out is not None:
             return self.own_roll_out(batch, stream, with_grad)
         return roll_out(self.student, batch, stream, self.settings.rollout, "rollout", self.device, with_grad)
+
+
+def critic_window(settings: DMDSettings) -> SigmaWindow:
+    """Where the critic learns: every noise level, or those that the teacher it is compared with knows."""
+    known = settings.rollout.known
+    return SigmaWindow(max(CRITIC_LOW, known.low), min(CRITIC_HIGH, known.high), settings.timestep_shift)
 
 
 def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | None = None) -> DMD:
@@ -260,7 +269,7 @@ def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | N
 def build(parts: Ingredients) -> Method:
     """The method from `distillation_config`: `matching`, after regression on the teacher's trajectories if asked."""
     options = parts.options
-    source = RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only)
+    source = RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only, parts.known)
     method = matching(parts, source)
     if not options.regression_steps:
         return method

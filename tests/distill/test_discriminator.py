@@ -383,7 +383,7 @@ def test_the_terms_gradients_add_at_x0() -> None:
     plain.value.backward()
     assert loss.reported == pytest.approx(float(plain.value.detach()), rel=1e-6), "logged is the matching alone"
     x0 = with_term._roll_out(batch, stream, with_grad=True).x0
-    sigma_B = with_term._critic_window.sigma(stream.uniform("gan/student sigma"))
+    sigma_B = with_term.critic_window.sigma(stream.uniform("gan/student sigma"))
     x_t = add_noise(x0, stream.normal(SHAPE, "gan/student noise"), sigma_B)
     term = 0.5 * softplus(-head(critic.features(x_t, sigma_B, batch.text, BLOCKS), sigma_B)).mean()
     (own,) = torch.autograd.grad(term, student.weights)
