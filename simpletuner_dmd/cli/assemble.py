@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpletuner_dmd.cli.other_expert import Partner, partner_of
 from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.methods import MatchingOptions
@@ -23,7 +24,8 @@ from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
-from simpletuner_dmd.flow import ALL_NOISE, TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
+from simpletuner_dmd.publish.info import base_name
 from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
@@ -31,6 +33,7 @@ from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, 
 from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
+from simpletuner_dmd.wan.experts import known_noise
 from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
 from simpletuner_dmd.wan.loading import (
     DTYPES,
@@ -255,10 +258,7 @@ class Assembly:
     @property
     def known_noise(self) -> NoiseRange:
         """The noise levels that the network of this run was made for."""
-        flavour = self.config.flavour
-        if flavour.boundary is None:
-            return ALL_NOISE
-        return NoiseRange(flavour.boundary, 1.0) if flavour.expert == "high" else NoiseRange(0.0, flavour.boundary)
+        return known_noise(self.config.flavour)
 
     @property
     def _shift(self) -> float:
@@ -292,6 +292,11 @@ class Assembly:
         if settings is None or not settings.has_detail_expert:
             return roles.student
         return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
+
+    @cached_property
+    def partner(self) -> Partner | None:
+        """The finished run of the other expert, where one is named; a UserError where the two do not go together."""
+        return partner_of(self.config, base_name(self.source.base))
 
     @property
     def teacher_sampler(self) -> Sampler:

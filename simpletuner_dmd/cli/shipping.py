@@ -10,12 +10,13 @@ from torch import Tensor
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.other_expert import load_other, paired
 from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.data.batches import PreparedData
-from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
+from simpletuner_dmd.flow import Denoiser, Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.export import LowNoiseLora, export_full, export_lora
 from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
-from simpletuner_dmd.publish.info import ExportInfo
+from simpletuner_dmd.publish.info import ExportInfo, NativeExpert
 from simpletuner_dmd.publish.load_back import LoadBack, check_export
 from simpletuner_dmd.publish.lycoris import export_lycoris
 from simpletuner_dmd.validation.sampling import Sampler
@@ -72,9 +73,11 @@ class Shipper:
             renoise=assembly.student_sampler.renoise,
             blocks=assembly.block_sampling,
             boundary=config.distillation_config.boundary if config.distillation_config else 0.0,
+            native=self._native,
             vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
-            base_hash=assembly.source.fingerprint("transformer", "transformer"),
+            flavour=config.model_flavour,
+            base_hash=assembly.source.fingerprint("transformer", assembly.source.network),
             model_type=config.model_type,
             guidance=assembly.student_sampler.guidance,
             sampling_steps=config.validation_num_inference_steps,
@@ -93,6 +96,15 @@ class Shipper:
             adapter=config.lora_type,
             teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
         )
+
+    @property
+    def _native(self) -> NativeExpert | None:
+        flavour, partner = self.config.flavour, self.assembly.partner
+        if flavour.expert is None or flavour.boundary is None:
+            return None
+        # Without a ladder there is no sampler.py that could put the other expert in its place.
+        kept = partner is not None and bool(self.assembly.schedule.ladder)
+        return NativeExpert(flavour.expert, flavour.boundary, partner.folder if partner and kept else None)
 
     def _schedule(self, steps: int) -> Schedule:
         """As trained. A causal student without a ladder ships with Euler steps: no stock solver works by blocks."""
@@ -164,11 +176,18 @@ class Shipper:
         try:
             with roles.evaluating():
                 text = text.to(device)
-                student = self.assembly.sampled_student(roles)
+                student = self._student(roles)
                 latents = Sampler(schedule, renoise, blocks=sampler.blocks)(student, text, text, shape, seed, device)
         finally:
             roles.student.autocast = autocast
         return Reference(text, shape, seed, schedule, renoise, latents)
+
+    def _student(self, roles: Roles) -> Denoiser:
+        """What the export is compared with: both experts of a pair, else this run's own network for the whole way."""
+        partner = self.assembly.partner
+        if partner is None or not self.assembly.schedule.ladder:
+            return self.assembly.sampled_student(roles)
+        return paired(self.assembly, roles.student, load_other(self.assembly, partner))
 
     def load_back(self, folder: Path, reference: Reference) -> LoadBack:
         """Whether a fresh stock WanPipeline with the exported files samples what `reference` holds."""
@@ -178,7 +197,13 @@ class Shipper:
         # A full student replaces the base, but for the second expert, whose adapter sits on the base of training.
         on_base = self.config.model_type == "lora" or "detail" in self.assembly.adapters()
         transformer = self.assembly.base_transformer(quantised=on_base)
-        pipeline = load_pipeline(self.assembly.source, transformer)
+        native = self._native
+        if native is None or native.other is None:
+            pipeline = load_pipeline(self.assembly.source, transformer)
+        else:
+            other = load_other(self.assembly, None).transformer
+            high, low = (transformer, other) if native.expert == "high" else (other, transformer)
+            pipeline = load_pipeline(self.assembly.source, high, low)
         return check_export(
             pipeline,
             folder,

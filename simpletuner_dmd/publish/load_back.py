@@ -68,14 +68,18 @@ def check_export(
     try:
         _compare_dialects(export_dir, document)
         scheduler = exported_scheduler(export_dir, document, schedule, renoise)
-        experts = _load_sampler(export_dir / "sampler.py") if document["experts"] else None
+        two = document["experts"] is not None and document["experts"].get("other", "same base") is not None
+        experts = _load_sampler(export_dir / "sampler.py") if two else None
         with _student(pipeline, export_dir, document, experts), _swapped(pipeline, "scheduler", scheduler):
             if document["blocks"] is not None:
                 latents = _sample_blocks(pipeline, export_dir, prompt_embeds, shape, seed)
             else:
                 switch = getattr(experts, "switch_expert", None)  # a full one is switched by the pipeline itself
+                # A host that expects a picture is told that there is none, by the function that users have.
+                first_noise = _load_sampler(export_dir / "sampler.py").without_picture \
+                    if document["picture_channels"] else None  # fmt: skip
                 latents = _sample(
-                    pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length, switch
+                    pipeline, prompt_embeds, shape, seed, len(schedule.ladder), max_sequence_length, switch, first_noise
                 )
     except _Unfit as unfit:
         return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
@@ -139,17 +143,18 @@ def _sample_blocks(pipeline: Any, export_dir: Path, prompt_embeds: Tensor, shape
 
 def _sample(
     pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int,
-    switch_expert: Any = None,
+    switch_expert: Any = None, first_noise: Any = None,
 ) -> Tensor:  # fmt: skip
     """A user's call: `torch.manual_seed`, then the pipeline draws all noise itself. Returns normalised latents."""
     _, _, frames, height, width = shape
     spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-    device = pipeline._execution_device
+    device, size = pipeline._execution_device, (width * spatial, height * spatial, (frames - 1) * temporal + 1)
     with _seeded(pipeline, seed):
         # With output_type "latent" the pipeline returns the latents it denoised, before it un-normalises them.
         return pipeline(
-            prompt_embeds=prompt_embeds.to(device), height=height * spatial, width=width * spatial,
-            num_frames=(frames - 1) * temporal + 1, num_inference_steps=steps, guidance_scale=1.0,
+            prompt_embeds=prompt_embeds.to(device), width=size[0], height=size[1], num_frames=size[2],
+            latents=first_noise(pipeline, *size) if first_noise else None, num_inference_steps=steps,
+            guidance_scale=1.0,
             max_sequence_length=max_sequence_length, output_type="latent", return_dict=False,
             callback_on_step_end=switch_expert,
         )[0]  # fmt: skip
@@ -158,6 +163,10 @@ def _sample(
 @contextmanager
 def _student(pipeline: Any, export_dir: Path, document: dict[str, Any], experts: Any) -> Iterator[None]:
     """The exported weights in the pipeline, and out of it again. experts: sampler.py of a two-expert student."""
+    if experts is not None and "expert" in document["experts"]:
+        with _native_pair(pipeline, export_dir, experts):
+            yield
+        return
     if experts is not None:
         with _two_experts(pipeline, export_dir, document, experts):
             yield
@@ -213,6 +222,21 @@ def _two_experts(pipeline: Any, export_dir: Path, document: dict[str, Any], samp
         pipeline.unload_lora_weights()
         pipeline.register_modules(transformer=former, transformer_2=None)
         pipeline.register_to_config(boundary_ratio=None)
+
+
+@contextmanager
+def _native_pair(pipeline: Any, export_dir: Path, sampler: Any) -> Iterator[None]:
+    """Both experts, each on its own network of the base, by sampler.py's `load_experts`."""
+    former = pipeline.transformer, pipeline.transformer_2
+    try:
+        sampler.load_experts(pipeline, export_dir)
+    except (AssertionError, ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
+        raise _Unfit(f"an expert is refused: {error}") from error
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+        pipeline.register_modules(transformer=former[0], transformer_2=former[1])
 
 
 @contextmanager

@@ -199,15 +199,21 @@ def _config(loader: Any, source: ModelSource, part: str, subfolder: str) -> dict
         raise _not_loaded(source, part, subfolder, error) from error
 
 
-def load_pipeline(source: ModelSource, transformer: nn.Module) -> Any:
-    """A stock WanPipeline around a given transformer, without text encoder: for prompts embedded already."""
+def load_pipeline(source: ModelSource, transformer: nn.Module, second: nn.Module | None = None) -> Any:
+    """A stock WanPipeline around a given transformer, without text encoder: for prompts embedded already.
+
+    second: the low-noise network of a model of two; without it the given one makes every step.
+    """
     from diffusers import WanPipeline
 
     arguments = source.arguments("base", "")
     arguments.pop("subfolder", None)
     pipeline = WanPipeline.from_pretrained(
-        **arguments, transformer=transformer, vae=load_vae(source), text_encoder=None, tokenizer=None
-    )
+        **arguments, transformer=transformer, transformer_2=second, vae=load_vae(source), text_encoder=None,
+        tokenizer=None,
+    )  # fmt: skip
+    if second is None:
+        pipeline.register_to_config(boundary_ratio=None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

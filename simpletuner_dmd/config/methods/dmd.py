@@ -24,8 +24,8 @@ class DmdConfig(MatchingOptions):
         "simulate",
         description="Where the student's input comes from: `simulate` its own steps from pure noise; `data_latent` "
         "your videos with noise; `handover` its own steps from latents noised to its first one, for the low-noise "
-        "expert of two: latents that the high-noise expert made (`simpletuner synthesise --handover`), or videos. Default: "
-        "`simulate`, for `t2v-14b-2.2-low` `handover`.",
+        "expert of two: latents that the high-noise expert made (`simpletuner synthesise --handover`), or videos. "
+        "Default: `simulate`, for `t2v-14b-2.2-low` `handover`.",
     )
     last_step_only: bool = Field(False, description="Always trains the last student step instead of a random one.")
     regression_steps: int = Field(
