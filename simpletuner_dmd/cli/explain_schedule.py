@@ -133,6 +133,7 @@ def matching_levels(options: Any, schedule: Schedule, known: NoiseRange) -> tupl
 
     from simpletuner_dmd.distill.dmd import DMD, DMDSettings
     from simpletuner_dmd.distill.rollout import RolloutSettings
+    from simpletuner_dmd.flow import SigmaWindow
 
     nobody = cast("Denoiser", None)  # a window asks no network
     shared = {item.name: getattr(options, item.name) for item in fields(DMDSettings) if hasattr(options, item.name)}
@@ -147,7 +148,9 @@ def matching_levels(options: Any, schedule: Schedule, known: NoiseRange) -> tupl
     ]
     exits = drawn[-1:] if options.last_step_only else drawn  # every rung is as likely as the others
     student = levels_of("student: score", torch.cat([sigma for _, sigma in exits]))
-    return windows, [student, levels_of("critic", even(dmd.critic_window), dmd.critic_window)]
+    seen = [dmd.critic_window(rung) for rung in (rungs[-1:] if options.last_step_only else rungs)]
+    bounds = SigmaWindow(min(window.low for window in seen), max(window.high for window in seen))
+    return windows, [student, levels_of("critic", torch.cat([even(window) for window in seen]), bounds)]
 
 
 def plain_levels(config: TrainConfig, schedule: Schedule) -> list[tuple[str, Tensor]]:

@@ -93,7 +93,7 @@ def test_scores_are_compared_where_the_teacher_knows(known, source, windows, cri
         assert (window.low, window.high) == pytest.approx((low, high))
         drawn = window.sigma(torch.linspace(0, 1 - 1e-9, 1000, dtype=torch.float64))
         assert bool(((drawn >= known.low) & (drawn <= known.high)).all())
-    assert (dmd.critic_window.low, dmd.critic_window.high) == critic
+        assert (dmd.critic_window(rung).low, dmd.critic_window(rung).high) == critic
     assert dmd.needs_latents == (source != "simulate")
 
 
