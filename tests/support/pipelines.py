@@ -45,7 +45,7 @@ def save_small_pipeline(folder: Path, seed: int = 0, layers: int = 2) -> Path:
 
 
 def _index(folder: Path, **changes: Any) -> Path:
-    """model_index.json with these entries; None takes one out."""
+    """model_index.json with these entries; "out" takes one away."""
     file = folder / "model_index.json"
     index = {**json.loads(file.read_text(encoding="utf-8")), **changes}
     file.write_text(json.dumps({key: value for key, value in index.items() if value != "out"}), encoding="utf-8")
