@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpletuner_dmd.cli.other_expert import Partner, partner_of
 from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.methods import MatchingOptions
@@ -23,7 +24,8 @@ from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
-from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
+from simpletuner_dmd.publish.info import base_name
 from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
@@ -31,13 +33,21 @@ from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, 
 from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.experts import known_noise
+from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
+from simpletuner_dmd.wan.loading import (
+    DTYPES,
+    ModelSource,
+    choose_attention,
+    load_transformer,
+    model_index,
+    text_encoder_config,
+    transformer_config,
+)
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
 from simpletuner_dmd.wan.tread import Route, routing_line
-
-SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
 
 @dataclass
@@ -64,7 +74,25 @@ class Assembly:
     @cached_property
     def network(self) -> dict[str, Any]:
         """The transformer's own configuration."""
-        return transformer_config(self.source)
+        return dict(self._described[0].transformer)
+
+    @cached_property
+    def _described(self) -> tuple[ModelConfigs, str | None]:
+        """The configs of the model, and a line where it is a custom Wan. A UserError where it is another flavour."""
+        source = self.source
+        described = ModelConfigs(
+            transformer=transformer_config(source),
+            vae=self.codec.config,
+            text_encoder=text_encoder_config(source),
+            index=model_index(source),
+            names={
+                "transformer": source.config_file("transformer", source.network),
+                "vae": source.config_file("vae", "vae"),
+                "text_encoder": source.config_file("text_encoder", "text_encoder"),
+                "index": f"{source.base}/model_index.json",
+            },
+        )
+        return described, check_fit(self.config.flavour, described)
 
     @cached_property
     def codec(self) -> VideoCodec:
@@ -84,7 +112,7 @@ class Assembly:
     def geometry(self) -> LatentGeometry:
         vae = self.codec.config
         return LatentGeometry(
-            channels=self.network["in_channels"],
+            channels=self.network["out_channels"],
             spatial=vae["scale_factor_spatial"],
             temporal=vae["scale_factor_temporal"],
             patch=self.network["patch_size"][1],
@@ -121,7 +149,7 @@ class Assembly:
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        lines = [notice] if notice else []
+        lines = [line for line in (self._described[1], notice) if line]
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
             lines.append(routing_line(name, routes, depth_of(self.network)))
@@ -228,8 +256,13 @@ class Assembly:
         return Schedule(shift, tuple(timestep / TIMESTEPS for timestep in config.student_timesteps()))
 
     @property
+    def known_noise(self) -> NoiseRange:
+        """The noise levels that the network of this run was made for."""
+        return known_noise(self.config.flavour)
+
+    @property
     def _shift(self) -> float:
-        return self.config.flow_schedule_shift or SUPERVISED_SAMPLING_SHIFT
+        return self.config.flow_schedule_shift or self.config.flavour.shift
 
     @property
     def student_sampler(self) -> Sampler:
@@ -260,6 +293,11 @@ class Assembly:
             return roles.student
         return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
 
+    @cached_property
+    def partner(self) -> Partner | None:
+        """The finished run of the other expert, where one is named; a UserError where the two do not go together."""
+        return partner_of(self.config, base_name(self.source.base))
+
     @property
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
@@ -284,6 +322,7 @@ class Assembly:
             weak=self._weak_critic(roles),
             discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
+            known=self.known_noise,
         )
         try:
             return build(parts)

@@ -156,6 +156,5 @@ LATER_VALUES: dict[str, frozenset[str]] = {
     ),
     "base_model_precision": _LATER_PRECISIONS,
     "text_encoder_1_precision": _LATER_PRECISIONS,
-    "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
 }
