@@ -19,6 +19,7 @@ from simpletuner_dmd.cli.check_data import (
     print_data,
 )
 from simpletuner_dmd.cli.common import add_config_arguments, load_config
+from simpletuner_dmd.cli.machine import machine_problems
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig, Problem
@@ -70,7 +71,7 @@ def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
     from simpletuner_dmd.config import UserError
     from simpletuner_dmd.data.prepare import look_at_dataset
 
-    problems = [*model_problems(loaded), *output_problems(loaded)]
+    problems = [*machine_problems(loaded), *model_problems(loaded), *output_problems(loaded)]
     scans: list[Any] = []
     for entry in loaded.datasets:
         missing = folder_problem(entry, loaded.config)

@@ -20,11 +20,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
+from simpletuner_dmd.cli.machine import machine_problems
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
-from simpletuner_dmd.config import LoadedConfig
+from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
@@ -114,6 +115,8 @@ class TrainingRun:
     def _put_together(self) -> Parts:
         """Everything built, resumed and tested; nothing of an earlier run is touched before that has worked."""
         loaded, config = self.assembly.loaded, self.config
+        if problems := machine_problems(loaded):
+            raise UserError(problems)
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
