@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +141,7 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
 
 def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
     """Blocks in `tread_config` and in the method's settings that the transformer in this folder does not have."""
+    from simpletuner_dmd.config.memory_rules import depth_problems as swap_problems
     from simpletuner_dmd.config.read import read_json
     from simpletuner_dmd.config.tread import depth_of
 
@@ -148,6 +150,7 @@ def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
     if not file.is_file():
         return found
     depth = depth_of(read_json(file, str(file)))
+    found += [replace(problem, file=loaded.origins.get(problem.key, "")) for problem in swap_problems(config, depth)]
     if config.tread_config is not None:
         found += config.tread_config.depth_problems(depth, loaded.origins.get("tread_config", ""))
     if config.distillation_config is not None:

@@ -293,6 +293,7 @@ class TrainingRun:
             renderer.render(parts.roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
             if self.assembly.schedule.ladder:
                 renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
+        self._leave_to_training()
 
     def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
         sampler, student, ema = (
@@ -307,6 +308,12 @@ class TrainingRun:
             if wanted in ("ema_only", "comparison"):
                 with parts.best_student():
                     renderer.render(student, sampler, "student-ema", step)
+        self._leave_to_training()
+
+    def _leave_to_training(self) -> None:
+        """Drops the VAE between two validations, where it may be there only while it works."""
+        if self.config.offload_during_startup:
+            self.assembly.codec.unload()
 
     # --- results ----------------------------------------------------------------------------------------------------
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import Options
+
+
+def _backend(value: Any) -> Any:
+    """SimpleTuner calls the offloaded kind by the library that it is from."""
+    return "offloaded" if value == "unsloth" else value
 
 
 class MemoryOptions(Options):
@@ -17,13 +22,13 @@ class MemoryOptions(Options):
     )
     gradient_checkpointing_interval: int = Field(
         1, ge=1,
-        description="Recomputes only every n-th block, counted from the first: the others keep their activations, which "
-        "costs memory and saves time.",
+        description="Recomputes only every n-th block, counted from the first: the others keep their activations, "
+        "which costs memory and saves time.",
     )  # fmt: skip
-    gradient_checkpointing_backend: Literal["torch", "offloaded"] = Field(
+    gradient_checkpointing_backend: Annotated[Literal["torch", "offloaded"], BeforeValidator(_backend)] = Field(
         "torch",
-        description="Where a recomputed block's input waits for the backward pass: `torch` on the device, `offloaded` in "
-        "host memory.",
+        description="Where a recomputed block's input waits for the backward pass: `torch` on the device, `offloaded` "
+        "in host memory.",
     )
     blocks_to_swap: int = Field(
         0, ge=0,

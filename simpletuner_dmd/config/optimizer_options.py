@@ -18,12 +18,12 @@ OptimizerName = Literal[
     "ao-adamw8bit", "ao-adamw4bit", "prodigy", "adafactor",
 ]  # fmt: skip
 
-_MUON = {"momentum": float, "nesterov": bool, "ns_steps": int}
-_PRODIGY = {
+_MUON: dict[str, type] = {"momentum": float, "nesterov": bool, "ns_steps": int}
+_PRODIGY: dict[str, type] = {
     "d0": float, "d_coef": float, "growth_rate": float, "beta3": float, "slice_p": int,
     "use_bias_correction": bool, "safeguard_warmup": bool,
 }  # fmt: skip
-_ADAFACTOR = {"beta1": float, "clip_threshold": float, "decay_rate": float, "scale_parameter": bool}
+_ADAFACTOR: dict[str, type] = {"beta1": float, "clip_threshold": float, "decay_rate": float, "scale_parameter": bool}
 
 SETTINGS: dict[str, dict[str, type]] = {
     "torch-adamw": {"amsgrad": bool},

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
-from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
 from simpletuner_dmd.config.memory_options import MemoryOptions
+from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
 from simpletuner_dmd.config.optimizer_options import OptimizerOptions
 from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
 from simpletuner_dmd.config.training_options import (

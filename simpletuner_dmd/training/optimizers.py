@@ -188,7 +188,9 @@ def _taken_apart(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
         parts = {name: getattr(value, name) for name in value.tensor_attrs}
         return {QUANTISED: type(value).__name__, "signed": value.signed, "shape": list(value.shape), **parts}
 
-    state = {number: {key: plain(value) for key, value in entry.items()} for number, entry in state_dict["state"].items()}
+    state = {
+        number: {key: plain(value) for key, value in entry.items()} for number, entry in state_dict["state"].items()
+    }
     return state_dict | {"state": state}
 
 
