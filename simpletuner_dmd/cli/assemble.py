@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpletuner_dmd.cli.other_expert import Partner, partner_of
 from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.memory_rules import depth_problems, offloads_teacher
@@ -24,7 +25,8 @@ from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
-from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
+from simpletuner_dmd.publish.info import base_name
 from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
@@ -34,7 +36,16 @@ from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.compiling import compile_blocks, why_not_compiled
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import DTYPES, ModelSource, load_transformer, transformer_config
+from simpletuner_dmd.wan.experts import known_noise
+from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
+from simpletuner_dmd.wan.loading import (
+    DTYPES,
+    ModelSource,
+    load_transformer,
+    model_index,
+    text_encoder_config,
+    transformer_config,
+)
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
 from simpletuner_dmd.wan.offload import offload_in_groups
 from simpletuner_dmd.wan.quantisation import quantise
@@ -42,8 +53,6 @@ from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
 from simpletuner_dmd.wan.runner import Recompute
 from simpletuner_dmd.wan.swap import BlockSwap
 from simpletuner_dmd.wan.tread import Route, routing_line
-
-SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
 
 @dataclass
@@ -70,7 +79,25 @@ class Assembly:
     @cached_property
     def network(self) -> dict[str, Any]:
         """The transformer's own configuration."""
-        return transformer_config(self.source)
+        return dict(self._described[0].transformer)
+
+    @cached_property
+    def _described(self) -> tuple[ModelConfigs, str | None]:
+        """The configs of the model, and a line where it is a custom Wan. A UserError where it is another flavour."""
+        source = self.source
+        described = ModelConfigs(
+            transformer=transformer_config(source),
+            vae=self.codec.config,
+            text_encoder=text_encoder_config(source),
+            index=model_index(source),
+            names={
+                "transformer": source.config_file("transformer", source.network),
+                "vae": source.config_file("vae", "vae"),
+                "text_encoder": source.config_file("text_encoder", "text_encoder"),
+                "index": f"{source.base}/model_index.json",
+            },
+        )
+        return described, check_fit(self.config.flavour, described)
 
     @cached_property
     def codec(self) -> VideoCodec:
@@ -106,7 +133,7 @@ class Assembly:
     def geometry(self) -> LatentGeometry:
         vae = self.codec.config
         return LatentGeometry(
-            channels=self.network["in_channels"],
+            channels=self.network["out_channels"],
             spatial=vae["scale_factor_spatial"],
             temporal=vae["scale_factor_temporal"],
             patch=self.network["patch_size"][1],
@@ -154,6 +181,7 @@ class Assembly:
         )
         if offloads_teacher(config):
             offload_in_groups(base, self.device)
+        lines = [*([self._described[1]] if self._described[1] else []), *lines]
         lines += [*self._swap_lines(base), *self._compile(roles)]
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
@@ -281,8 +309,13 @@ class Assembly:
         return Schedule(shift, tuple(timestep / TIMESTEPS for timestep in config.student_timesteps()))
 
     @property
+    def known_noise(self) -> NoiseRange:
+        """The noise levels that the network of this run was made for."""
+        return known_noise(self.config.flavour)
+
+    @property
     def _shift(self) -> float:
-        return self.config.flow_schedule_shift or SUPERVISED_SAMPLING_SHIFT
+        return self.config.flow_schedule_shift or self.config.flavour.shift
 
     @property
     def student_sampler(self) -> Sampler:
@@ -313,6 +346,11 @@ class Assembly:
             return roles.student
         return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
 
+    @cached_property
+    def partner(self) -> Partner | None:
+        """The finished run of the other expert, where one is named; a UserError where the two do not go together."""
+        return partner_of(self.config, base_name(self.source.base))
+
     @property
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
@@ -337,6 +375,7 @@ class Assembly:
             weak=self._weak_critic(roles),
             discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
+            known=self.known_noise,
         )
         try:
             return build(parts)

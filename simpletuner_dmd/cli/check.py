@@ -125,7 +125,7 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
         folder = Path(value)
         if not folder.is_dir():
             continue
-        subfolder = "transformer_2" if part == "transformer" and config.model_flavour.endswith("-low") else part
+        subfolder = config.flavour.transformer if part == "transformer" else part
         # A part named on its own may be that part's folder itself.
         own_folder = key != "pretrained_model_name_or_path" and (folder / "config.json").is_file()
         if not own_folder and not any((folder / subfolder).glob("*.json")):
@@ -136,7 +136,39 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
             )  # fmt: skip
         elif part == "transformer":
             problems += depth_problems(loaded, folder if own_folder else folder / subfolder)
-    return problems
+    return problems + ([] if problems else fit_problems(loaded))
+
+
+def fit_problems(loaded: LoadedConfig) -> list[Problem]:
+    """Whether the model's own configs are what model_flavour says; where it is a custom Wan, that is a notice."""
+    from simpletuner_dmd.config import UserError
+    from simpletuner_dmd.config.read import read_json
+    from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
+
+    config = loaded.config
+    base = Path(config.pretrained_model_name_or_path)
+
+    def folder_of(given: str | None, subfolder: str) -> Path:
+        folder = Path(given) if given is not None else base
+        own = given is not None and (folder / "config.json").is_file() and not (folder / subfolder).is_dir()
+        return folder if own else folder / subfolder
+
+    files = {
+        "transformer": folder_of(config.pretrained_transformer_model_name_or_path, config.flavour.transformer)
+        / "config.json",
+        "vae": folder_of(config.pretrained_vae_model_name_or_path, "vae") / "config.json",
+        "text_encoder": folder_of(config.pretrained_t5_model_name_or_path, "text_encoder") / "config.json",
+        "index": base / "model_index.json",
+    }
+    if not files["transformer"].is_file():
+        return []  # on the Hub: looked at when the run starts
+    found = {part: read_json(file, str(file)) if file.is_file() else {} for part, file in files.items()}
+    try:
+        line = check_fit(config.flavour, ModelConfigs(**found, names={part: str(file) for part, file in files.items()}))
+    except UserError as error:
+        return error.problems
+    loaded.notices += [line] if line else []
+    return []
 
 
 def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:

@@ -22,6 +22,7 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
 from simpletuner_dmd.cli.machine import machine_problems
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
+from simpletuner_dmd.cli.other_expert import whole_student, whole_teacher
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
@@ -127,6 +128,7 @@ class TrainingRun:
         if problems := machine_problems(loaded):
             raise UserError(problems)
         shipper = Shipper(self.assembly, self.output_dir, publishing=self.main)
+        _ = self.assembly.partner  # before hours of caching: it may not go together with this run
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         roles, lines = self.assembly.roles()
@@ -298,21 +300,16 @@ class TrainingRun:
         """Once: the teacher at its own steps and, in distillation, the undistilled model at the student's."""
         if self.config.disable_benchmark:
             return
-        with parts.roles.evaluating():
+        with parts.roles.evaluating(), whole_teacher(self.assembly, parts.roles.teacher) as teacher:
             self.say("Rendering the teacher's reference videos …")
-            renderer.render(parts.roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
+            renderer.render(teacher, self.assembly.teacher_sampler, "teacher", 0)
             if self.assembly.schedule.ladder:
-                renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
+                renderer.render(teacher, self.assembly.student_sampler, "undistilled", 0)
         self._leave_to_training()
 
     def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
-        sampler, student, ema = (
-            self.assembly.student_sampler,
-            self.assembly.sampled_student(parts.roles),
-            parts.trainer.ema,
-        )
-        wanted = self.config.ema_validation if ema is not None else "none"
-        with parts.roles.evaluating():
+        wanted = self.config.ema_validation if parts.trainer.ema is not None else "none"
+        with parts.roles.evaluating(), whole_student(self.assembly, parts.roles) as (student, sampler):
             if wanted in ("none", "comparison"):
                 renderer.render(student, sampler, "student", step)
             if wanted in ("ema_only", "comparison"):

@@ -150,6 +150,5 @@ _LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bn
 LATER_VALUES: dict[str, frozenset[str]] = {
     "base_model_precision": _LATER_PRECISIONS,
     "text_encoder_1_precision": _LATER_PRECISIONS,
-    "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
 }

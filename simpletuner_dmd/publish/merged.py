@@ -100,7 +100,7 @@ def _skeleton(source: ModelSource) -> nn.Module:
 
 def _folder_of(source: ModelSource) -> Path:
     """Where the transformer's files are on this machine."""
-    arguments = source.arguments("transformer", "transformer")
+    arguments = source.arguments("transformer", source.network)
     path, subfolder = Path(arguments["pretrained_model_name_or_path"]), arguments.get("subfolder", "")
     if not path.exists():
         from huggingface_hub import snapshot_download
@@ -116,7 +116,7 @@ def _folder_of(source: ModelSource) -> Path:
 
 
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
-    variant = source.arguments("transformer", "transformer").get("variant")
+    variant = source.arguments("transformer", source.network).get("variant")
     suffix = f".{variant}" if variant else ""
     index = folder / f"{Path(WEIGHTS).stem}.safetensors.index{suffix}.json"
     if index.is_file():

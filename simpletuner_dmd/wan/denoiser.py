@@ -87,6 +87,11 @@ class WanDenoiser:
     def _network(self) -> Any:
         return self.transformer  # a stock WanTransformer3DModel
 
+    @property
+    def _picture_channels(self) -> int:
+        """Input channels that describe a first picture, of a model made for that; 0 of a text-to-video model."""
+        return int(self._network.config.in_channels - self._network.config.out_channels)
+
     def _forward(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, gradients: bool) -> Tensor:
         dtype = self.weight.dtype
         timestep = TIMESTEPS * sigma.float()  # a float in fp32: bf16 would round 981 to 980
@@ -95,12 +100,19 @@ class WanDenoiser:
             timestep = timestep.repeat_interleave(height * width, dim=1)  # Wan takes one per token
         with self._selected(), kernel_of_pass(self.transformer, gradients):
             (velocity,) = self._network(
-                hidden_states=x_t_BCFHW.to(dtype),
+                hidden_states=self._without_picture(x_t_BCFHW.to(dtype)),
                 timestep=timestep,
                 encoder_hidden_states=text.expand(len(x_t_BCFHW)).rows_BLD.to(dtype),
                 return_dict=False,
             )
         return velocity
+
+    def _without_picture(self, x_t_BCFHW: Tensor) -> Tensor:
+        """As the network takes it: the mask says that no frame is given, and the picture's latents are 0."""
+        if not self._picture_channels:
+            return x_t_BCFHW
+        batch, _, *size = x_t_BCFHW.shape
+        return torch.cat([x_t_BCFHW, x_t_BCFHW.new_zeros(batch, self._picture_channels, *size)], dim=1)
 
     @contextmanager
     def _selected(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ Always `from_pretrained(dtype=...)`, never `.to(bfloat16)`: only the former keep
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the parts of a model are: Hub ids or folders, and the revision and variant of the base."""
+    """Where the parts of a model are: Hub ids or folders, and the revision and variant of the base.
+
+    network: the subfolder of the transformer that is meant, of a model that has two.
+    """
 
     base: str
     transformer: str
@@ -29,6 +32,7 @@ class ModelSource:
     text_encoder: str
     revision: str | None = None
     variant: str | None = None
+    network: str = "transformer"
 
     @classmethod
     def of(cls, config: TrainConfig) -> ModelSource:
@@ -40,7 +44,18 @@ class ModelSource:
             text_encoder=config.pretrained_t5_model_name_or_path or base,
             revision=config.revision,
             variant=config.variant,
+            network=config.flavour.transformer,
         )
+
+    def other_expert(self, network: str) -> ModelSource:
+        """The base's other transformer; a path given for the transformer alone is that of the first."""
+        return replace(self, network=network, transformer=self.base)
+
+    def config_file(self, part: str, subfolder: str) -> str:
+        """Where the part's config.json is, for a message."""
+        arguments = self.arguments(part, subfolder)
+        return "/".join([arguments["pretrained_model_name_or_path"], *filter(None, [arguments.get("subfolder")])]) \
+            + "/config.json"  # fmt: skip
 
     def arguments(self, part: str, subfolder: str) -> dict[str, Any]:
         """Arguments of from_pretrained. Revision and variant belong to the base model alone."""
@@ -92,7 +107,7 @@ def load_transformer(source: ModelSource, dtype: torch.dtype) -> nn.Module:
     """The stock WanTransformer3DModel, frozen, on the CPU."""
     from diffusers import WanTransformer3DModel
 
-    transformer = _from_pretrained(WanTransformer3DModel, source, "transformer", "transformer", dtype=dtype)
+    transformer = _from_pretrained(WanTransformer3DModel, source, "transformer", source.network, dtype=dtype)
     return transformer.requires_grad_(False)
 
 
@@ -123,7 +138,7 @@ def transformer_config(source: ModelSource) -> dict[str, Any]:
     """The transformer's config.json, without its weights."""
     from diffusers import WanTransformer3DModel
 
-    return _config(WanTransformer3DModel, source, "transformer")
+    return _config(WanTransformer3DModel, source, "transformer", source.network)
 
 
 def vae_config(source: ModelSource) -> dict[str, Any]:
@@ -137,14 +152,38 @@ def vae_config(source: ModelSource) -> dict[str, Any]:
         for name, parameter in inspect.signature(AutoencoderKLWan.__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    return defaults | _config(AutoencoderKLWan, source, "vae")
+    return defaults | _config(AutoencoderKLWan, source, "vae", "vae")
 
 
-def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
-    arguments = source.arguments(part, part)
+def model_index(source: ModelSource) -> dict[str, Any]:
+    """model_index.json of the base; empty where the base is no pipeline."""
+    from diffusers import DiffusionPipeline
+
+    arguments = source.arguments("base", "")
+    arguments = {key: arguments[key] for key in ("pretrained_model_name_or_path", "revision") if key in arguments}
+    try:
+        return dict(DiffusionPipeline.load_config(**arguments))
+    except OSError:
+        return {}
+
+
+def text_encoder_config(source: ModelSource) -> dict[str, Any]:
+    """The text encoder's config.json, without its weights; empty where it cannot be had."""
+    from transformers import UMT5Config
+
+    arguments = source.arguments("text_encoder", "text_encoder")
+    arguments.pop("variant", None)
+    try:
+        return dict(UMT5Config.get_config_dict(**arguments)[0])
+    except OSError:
+        return {}  # loading it says what is wrong, where it is needed at all
+
+
+def _config(loader: Any, source: ModelSource, part: str, subfolder: str) -> dict[str, Any]:
+    arguments = source.arguments(part, subfolder)
     arguments.pop("variant", None)  # variants differ in weights, not in the config
     path = arguments.pop("pretrained_model_name_or_path")
     try:
         return dict(loader.load_config(path, **arguments))
     except OSError as error:
-        raise _not_loaded(source, part, part, error) from error
+        raise _not_loaded(source, part, subfolder, error) from error
