@@ -21,8 +21,9 @@ from simpletuner_dmd.config.flavours import FLAVOURS, Flavour
 from simpletuner_dmd.flow import Denoiser, Experts
 from simpletuner_dmd.publish.read_adapter import find_adapter, read_adapter
 from simpletuner_dmd.validation.sampling import HandedOver, VideoSampler
+from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.denoiser import WanDenoiser
-from simpletuner_dmd.wan.loading import choose_attention, load_transformer
+from simpletuner_dmd.wan.loading import load_transformer
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles
 
@@ -95,7 +96,7 @@ def load_other(assembly: Assembly, partner: Partner | None) -> WanDenoiser:
             merge_adapter(network, read_adapter(find_adapter(partner.folder, KEY), KEY), 1.0)
         if config.base_model_precision != "no_change":
             quantise(network, config.base_model_precision)
-    choose_attention(network, config.attention_mechanism)
+    choose_attention(network, config.attention_mechanism, assembly.device)
     return WanDenoiser(network.to(assembly.device).eval(), None, None)
 
 

@@ -311,11 +311,11 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any, handover: bool) 
 def _teacher(assembly: Assembly) -> Denoiser:
     """The teacher, with both of its experts where it has two."""
     from simpletuner_dmd.cli.other_expert import load_other, paired
+    from simpletuner_dmd.wan.attention import choose_attention
     from simpletuner_dmd.wan.denoiser import WanDenoiser
-    from simpletuner_dmd.wan.loading import choose_attention
 
-    network = assembly.base_transformer().eval()
-    choose_attention(network, assembly.config.attention_mechanism)
+    network = assembly.base_transformer(swapped=True).eval()
+    choose_attention(network, assembly.config.attention_mechanism, assembly.device)
     own = WanDenoiser(network, None, None)
     return own if assembly.config.flavour.expert is None else paired(assembly, own, load_other(assembly, None))
 
