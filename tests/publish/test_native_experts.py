@@ -11,8 +11,8 @@ from diffusers import WanPipeline, WanTransformer3DModel
 
 from simpletuner_dmd.flow import Experts, Schedule, sample_few_step
 from simpletuner_dmd.publish.export import export_full, export_lora
-from simpletuner_dmd.publish.info import NativeExpert
 from simpletuner_dmd.publish.fresh_process import check_export
+from simpletuner_dmd.publish.info import NativeExpert
 from simpletuner_dmd.publish.lycoris import export_lycoris
 from simpletuner_dmd.validation.sampling import reference_noise
 
