@@ -133,8 +133,8 @@ def _planned(loaded: LoadedConfig) -> int:
 def _held(loaded: LoadedConfig) -> int:
     """The most this process holds while it takes two steps, less what it held before.
 
-    glibc keeps what was freed in the middle of its heap, which can double what a process holds. The plan counts tensors,
-    so here every block of 64 kB and more goes back to the system at once.
+    glibc keeps what was freed in the middle of its heap, which can double what a process holds. The plan counts
+    tensors, so here every block of 64 kB and more goes back to the system at once.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
@@ -160,6 +160,7 @@ def _in_a_process(answer: Callable[[], int]) -> int:
     child = os.fork()
     if child == 0:
         os.close(reader)
+        torch.set_num_threads(1)  # the threads of a pool do not survive a fork
         try:
             os.write(writer, str(answer()).encode())
         finally:
