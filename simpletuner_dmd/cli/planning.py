@@ -319,9 +319,9 @@ def _phases(
         own = held.trained["student"] if held.average else 0  # put aside while the average is in the model
         yield Phase("validation", resting + own + max(training.sampling.peak, work + (0 if resident else weights)),
                     elsewhere + (weights if on_gpu else 0))  # fmt: skip
-    second = held.base if config.model_type == "lora" else whole
-    yield Phase("loading the export back", resting + second + training.sampling.peak,
-                elsewhere + (whole if on_gpu else 0))  # fmt: skip
+    second = held.base if config.model_type == "lora" else whole  # what trained is gone by then
+    yield Phase("loading the export back", context + second + training.sampling.peak,
+                libraries + (whole if on_gpu else 0))  # fmt: skip
 
 
 def _unquantised(loaded: LoadedConfig, training: Training) -> int:
