@@ -104,10 +104,10 @@ def test_optimizer_state_is_weighed(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="measures a forked process")
-@pytest.mark.parametrize("case", ["LoRA", "full"])
-def test_the_plan_is_what_a_process_holds(case: str) -> None:
-    """Each beyond the libraries, with an error of at most 10%."""
-    planned, measured = compare(*CASES[case])
+def test_the_plan_is_what_a_process_holds() -> None:
+    """Beyond the libraries, with an error of at most 10%. Of the cases of benchmarks/memory.py one that is large beside
+    what a test process has around it."""
+    planned, measured = compare(*CASES["full"])
     assert planned == pytest.approx(measured, rel=0.1)
 
 

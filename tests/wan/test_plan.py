@@ -74,6 +74,7 @@ def test_two_together_where_none_is_enough_and_only_those_that_help() -> None:
     both = {(): 100, (("frames", 65), ("rank", 16)): 50, (("frames", 49), ("rank", 16)): 30}
     assert search(45, alone | both) == [("rank", 16), ("frames", 49)]
     useless = {(("rank", 32),): 100, (("rank", 16),): 100, (): 100}
+    useless |= {(("frames", 49), ("rank", rank)): 50 for rank in (32, 16)}  # looked at once more, beside the frames
     assert search(45, alone | useless) == [("frames", 49)], "a rank that changes nothing is not said"
 
 
