@@ -181,12 +181,16 @@ class Assembly:
         )
         if offloads_teacher(config):
             offload_in_groups(base, self.device)
-        lines = [*([self._described[1]] if self._described[1] else []), *lines]
-        lines += [*self._swap_lines(base), *self._compile(roles)]
+        lines += [*self._fit_lines(), *self._swap_lines(base), *self._compile(roles)]
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
             lines.append(routing_line(name, routes, depth_of(self.network)))
         return roles, lines
+
+    def _fit_lines(self) -> list[str]:
+        """What there is to say of a model that is no published one."""
+        line = self._described[1]
+        return [] if line is None else [line]
 
     @property
     def routes(self) -> tuple[Route, ...]:

@@ -37,7 +37,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 130 interrupted."""
+    """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 3 no memory, 130 interrupted."""
     if completion.ASKED in os.environ:
         completion.answer(VERBS)
     arguments = list(sys.argv[1:] if argv is None else argv)
