@@ -13,6 +13,7 @@ from simpletuner_dmd.cli.common import INTERRUPTED
 
 # verb -> (what it does, an example)
 VERBS = {
+    "configure": ("write a configuration: ten questions, or --from another tool's", "simpletuner configure"),
     "train": ("distil or fine-tune Wan", "simpletuner train --env my-run learning_rate=1e-5"),
     "check": ("check a configuration and its data before anything is loaded", "simpletuner check --env my-run"),
     "cache": ("fill the caches of text and video, or look into them", "simpletuner cache --env my-run"),
@@ -23,6 +24,7 @@ VERBS = {
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
+    "recipes": ("list settings to start from, with their sources", "simpletuner recipes show wan-1.3b-dmd-lora"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
 }
 
