@@ -39,12 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from simpletuner_dmd.config import UserError
 
     if not args.json:
-        loaded = load_config(args)
-        problems, scans = examine(loaded)
-        _print_report(loaded, scans)
-        if problems:
-            raise UserError(problems)
-        print("\nReady to train.")
+        report(load_config(args))
         return 0
 
     document: dict[str, Any] = {"ok": False, "problems": [], "data": [], "cache": {}, "notices": []}
@@ -63,6 +58,17 @@ def run(args: argparse.Namespace) -> int:
             document["problems"] = [problem.as_dict() for problem in error.problems]
     print(json.dumps(document, indent=2, ensure_ascii=False))
     return 0 if document["ok"] else 2
+
+
+def report(loaded: LoadedConfig) -> None:
+    """Prints what `check` finds. Raises UserError if the run could not start."""
+    from simpletuner_dmd.config import UserError
+
+    problems, scans = examine(loaded)
+    _print_report(loaded, scans)
+    if problems:
+        raise UserError(problems)
+    print("\nReady to train.")
 
 
 def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:

@@ -41,7 +41,9 @@ def list_recipes(as_json: bool) -> int:
     for one in found:
         card = "" if one.card is None else f" [{one.card} GB]"
         print(f"{one.name:<{width}}  {one.about}{card}")
-    print('\nuse one: "recipe": "NAME" in config.json, or simpletuner configure\nsee one: simpletuner recipes show NAME')
+    print(
+        '\nuse one: "recipe": "NAME" in config.json, or simpletuner configure\nsee one: simpletuner recipes show NAME'
+    )
     return 0
 
 

@@ -238,7 +238,9 @@ def recipe_layer(layers: list[Layer]) -> Layer | None:
     written = {key for layer in layers for key, value in layer.values.items() if value not in (0, "0")}
     layer = Layer(f"recipe {name}")
     for key, value in chosen.options.items():
-        if not any(key in one and written & other for ways in INSTEAD for one in ways for other in ways if one != other):
+        if not any(
+            key in one and written & other for ways in INSTEAD for one in ways for other in ways if one != other
+        ):
             layer.add(key, value)
     return layer
 

@@ -83,11 +83,11 @@ class LoadedConfig:
 
     def options(self) -> dict[str, Any]:
         """Dotted key -> value, of every option that has a say in this run, as JSON would hold it."""
-        return _flat(self.config)
+        return flat_options(self.config)
 
     def differences_from_defaults(self) -> list[str]:
         """One line for every option whose value is not its default: value, default, and where it was set."""
-        defaults = _flat(_default_config(self.config))
+        defaults = flat_options(_default_config(self.config))
         lines = []
         for key, value in self.options().items():
             if key not in defaults or defaults[key] == value:
@@ -425,7 +425,8 @@ def _absent_webhook(config: TrainConfig, folders: tuple[Path, ...]) -> list[str]
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
-def _flat(model: BaseModel) -> dict[str, Any]:
+def flat_options(model: BaseModel) -> dict[str, Any]:
+    """Dotted key -> value, as JSON would hold it."""
     flat: dict[str, Any] = {}
     for key, value in model.model_dump(mode="json").items():
         if key == NESTED and isinstance(value, dict):

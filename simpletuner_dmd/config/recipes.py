@@ -65,9 +65,7 @@ class Recipe:
     @property
     def kind(self) -> tuple[str, str | None, str]:
         """(flavour, method, lora or full)."""
-        flavour, method, kind = (
-            self.values.get(key, usual) for key, usual in zip(KIND, KIND_DEFAULTS, strict=True)
-        )
+        flavour, method, kind = (self.values.get(key, usual) for key, usual in zip(KIND, KIND_DEFAULTS, strict=True))
         return flavour, method, kind
 
     @property
@@ -149,7 +147,9 @@ def is_number(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return bool(value) and all(map(is_number, value))
     if isinstance(value, str):
-        return bool(value) and all(part.strip().replace(".", "", 1).isdigit() for part in value.replace("x", ",").split(","))
+        return bool(value) and all(
+            part.strip().replace(".", "", 1).isdigit() for part in value.replace("x", ",").split(",")
+        )
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

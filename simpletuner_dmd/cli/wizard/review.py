@@ -1,0 +1,53 @@
+"""After the questions: what was decided, what it costs, and what to do next."""
+
+from __future__ import annotations
+
+from simpletuner_dmd.cli.wizard import advanced, ask
+from simpletuner_dmd.cli.wizard.draft import Draft
+from simpletuner_dmd.cli.wizard.short import FIRST, QUESTIONS, Session, answers
+from simpletuner_dmd.config.mistakes import shown
+
+WRITE, CHANGE, EVERY, LEAVE = "write", "change", "every", "leave"
+
+
+def review(draft: Draft, session: Session) -> bool:
+    """Shows the draft until the person writes it (True) or leaves it (False)."""
+    while True:
+        _show(draft)
+        choices = [
+            ("Write the files and check them", WRITE),
+            ("Change an answer", CHANGE),
+            ("Advanced: every option, by section", EVERY),
+            ("Leave without writing", LEAVE),
+        ]
+        chosen = ask.select("And now?", "", choices, WRITE)
+        if chosen in (WRITE, LEAVE):
+            return bool(chosen == WRITE)
+        if chosen == EVERY:
+            advanced.browse(draft)
+        else:
+            _change(draft, session)
+
+
+def _show(draft: Draft) -> None:
+    ask.say()
+    rows = answers(draft)
+    width = max(map(len, rows))
+    for name, answer in rows.items():
+        ask.say(f"{name:<{width}}  {answer}", "  ")
+    own = {key: value for key, value in draft.raw.items() if key != "recipe"}
+    if own:
+        ask.say()
+        ask.say("Written" + (f" over recipe {draft.recipe}" if draft.recipe else "") + ": "
+                + ", ".join(f"{key} {shown(value)[:40]}" for key, value in own.items()), "  ")  # fmt: skip
+    for problem in draft.merged().problems:
+        ask.say(f"Problem: {problem.key}: {problem.message}. {problem.fix}", "  ")
+
+
+def _change(draft: Draft, session: Session) -> None:
+    rows = answers(draft)
+    choices = [(f"{name:<14} {answer}", name) for name, answer in rows.items()]
+    name = ask.select("Which answer?", "", choices)
+    QUESTIONS[name](draft, session)
+    if name in FIRST[:3] and draft.is_new:
+        QUESTIONS["GPU"](draft, session)
