@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if document["ok"] else 2
 
 
-def report(loaded: LoadedConfig) -> None:
-    """Prints what `check` finds. Raises UserError if the run could not start."""
+def report(loaded: LoadedConfig, differences: bool = True) -> None:
+    """Prints what `check` finds, and how the run differs from the defaults. Raises UserError if it could not start."""
     from simpletuner_dmd.config import UserError
 
     problems, scans = examine(loaded)
-    _print_report(loaded, scans)
+    _print_report(loaded, scans, differences)
     if problems:
         raise UserError(problems)
     print("\nReady to train.")
@@ -187,9 +187,9 @@ def output_problems(loaded: LoadedConfig) -> list[Problem]:
     return problems
 
 
-def _print_report(loaded: LoadedConfig, scans: list[Any]) -> None:
+def _print_report(loaded: LoadedConfig, scans: list[Any], differences: bool) -> None:
     print(f"Configuration: {loaded.path}")
-    for line in loaded.differences_from_defaults():
+    for line in loaded.differences_from_defaults() if differences else []:
         print(f"  {line}")
     if scans:
         print_data(scans, *_data_facts(loaded, scans))

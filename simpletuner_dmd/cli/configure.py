@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     from simpletuner_dmd.config.errors import UserError
 
     path, overrides = _target(args)
-    if not args.non_interactive and not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if not args.non_interactive and not is_terminal():
         raise UserError("this is no terminal, so nothing can be asked",
                         fix="simpletuner configure --non-interactive key=value ...")  # fmt: skip
     if overrides and not args.non_interactive:
@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         print("\nNothing was written.", file=sys.stderr)
         raise
     return _write(draft, session)
+
+
+def is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _target(args: argparse.Namespace) -> tuple[Path, list[str]]:
@@ -93,7 +97,8 @@ def _ask(draft: Draft, session: Session, converted: bool) -> bool:
         ask.say()
     elif draft.is_new:
         ask.say(
-            f"Ten questions, then {draft.path} is written. Enter takes what is offered, Ctrl-C leaves and writes nothing."
+            f"Ten questions, then {draft.path} is written. Enter takes what is offered; Ctrl-C leaves and "
+            "writes nothing."
         )
     else:
         ask.say(f"{draft.path} is there: its values are offered, and keys that are not asked for stay as they are.")
@@ -117,7 +122,7 @@ def _write(draft: Draft, session: Session) -> int:
     for line in lines:
         print(f"  {line}")
     print()
-    report(with_demo_paths(load(config=str(draft.path))))
+    report(with_demo_paths(load(config=str(draft.path))), differences=False)
     print(f"\nTrain: simpletuner train{_chosen_by(draft.path)}")
     return 0
 

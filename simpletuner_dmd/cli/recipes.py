@@ -1,4 +1,4 @@
-"""`simpletuner recipes`: the settings that come with the package, where each number is from, and how two of them differ."""
+"""`simpletuner recipes`: settings that come with the package, where each number is from, and how two of them differ."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def show(name: str, as_json: bool) -> int:
         settings = {
             key: {"value": value, **({"source": source.text, "date": source.date}
                                      if (source := chosen.sources.get(key)) else {})}
-            for key, value in chosen.values.items()
+            for key, value in chosen.options.items()
         }  # fmt: skip
         document = {"name": name, "about": chosen.about, "card": chosen.card, "settings": settings}
         print(json.dumps(document, indent=2, ensure_ascii=False))
         return 0
     print(f"{name}: {chosen.about}" + (f" (a card of {chosen.card} GB)" if chosen.card else ""))
     groups: dict[Any, list[str]] = {}
-    for key, value in chosen.values.items():
+    for key, value in chosen.options.items():
         groups.setdefault(chosen.sources.get(key), []).append(f"{key} = {_shown(value)}")
     for source, lines in groups.items():
         print()

@@ -218,7 +218,7 @@ INSTEAD: tuple[tuple[frozenset[str], ...], ...] = (
     (frozenset({"max_train_steps"}), frozenset({"num_train_epochs"})),
     (frozenset({"lora_rank", "lora_alpha"}), frozenset({"lycoris_config"})),
 )
-"""Options that say the same in different ways: one of them, written by a person, takes the place of a recipe's other."""
+"""Options that say the same in different ways: one that a person writes takes the place of a recipe's other."""
 
 
 def recipe_layer(layers: list[Layer]) -> Layer | None:

@@ -5,11 +5,11 @@ A file of `config/recipes` may have these fields, and no others:
 about     what it is, in a line
 extends   recipes it is built from, in order, or "example:demo" for the example of that name; what it says itself wins
 card      the memory of the card it is meant for, in GB
-data      "size" ("832x480") and "frames" of the training videos, for the data file that `configure` writes
-options   the options of config.json
+options   the options of config.json; `configure` trains at the size and length that they validate at
 sources   [{"source", "date", "keys"}]: where the numbers of this file are from; "*" is every number without a source
 
-Only `options` are read when a run starts, as the lowest layer of its configuration; `simpletuner recipes` shows the rest.
+Only `options` are read when a run starts, as the lowest layer of its configuration; the rest is for
+`simpletuner recipes` and `configure`.
 A file below `parts` is no recipe of its own.
 """
 
@@ -31,12 +31,10 @@ EXAMPLE = "example:"
 OF_THE_EXAMPLE = frozenset({"output_dir", "validation_prompt_library", "resume_from_checkpoint"})
 """What an example says for itself alone."""
 NESTED = "distillation_config"
-FIELDS = frozenset({"about", "extends", "card", "data", "options", "sources"})
+FIELDS = frozenset({"about", "extends", "card", "options", "sources"})
 KIND = ("model_flavour", "distillation_method", "model_type")
 """What a recipe is for: its numbers fit nothing else."""
 KIND_DEFAULTS = ("t2v-480p-1.3b-2.1", None, "lora")
-DATA = "data."
-"""Before the keys of `data`, beside those of `options`."""
 
 
 @dataclass(frozen=True)
@@ -49,36 +47,35 @@ class Source:
 
 @dataclass
 class Recipe:
-    """A recipe with all it is built from. values: dotted key -> value, in the order of the files; data: under "data."."""
+    """A recipe with all it is built from. options: dotted key -> value."""
 
     name: str
     about: str = ""
     card: int | None = None
-    values: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
     sources: dict[str, Source] = field(default_factory=dict)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The options of config.json, dotted."""
-        return {key: value for key, value in self.values.items() if not key.startswith(DATA)}
 
     @property
     def kind(self) -> tuple[str, str | None, str]:
         """(flavour, method, lora or full)."""
-        flavour, method, kind = (self.values.get(key, usual) for key, usual in zip(KIND, KIND_DEFAULTS, strict=True))
-        return flavour, method, kind
+        flavour, method, kind = KIND
+        return (
+            str(self.options.get(flavour, KIND_DEFAULTS[0])),
+            self.options.get(method, KIND_DEFAULTS[1]),
+            str(self.options.get(kind, KIND_DEFAULTS[2])),
+        )
 
     @property
     def is_demo(self) -> bool:
-        return self.values.get("pretrained_model_name_or_path") == "demo"
+        return self.options.get("pretrained_model_name_or_path") == "demo"
 
     def take(self, key: str, value: Any) -> None:
         """Sets a value, or takes it out where it is null. What said where the former value was from goes with it."""
         self.sources.pop(key, None)
         if value is None:
-            self.values.pop(key, None)
+            self.options.pop(key, None)
         else:
-            self.values[key] = value
+            self.options[key] = value
 
 
 def recipe_names() -> list[str]:
@@ -105,7 +102,7 @@ def _read(name: str, below: tuple[str, ...]) -> Recipe:
     for parent in content.get("extends", []):
         inherited = _of_example(parent) if parent.startswith(EXAMPLE) else _read(parent, (*below, name))
         found.card = inherited.card or found.card
-        for key, value in inherited.values.items():
+        for key, value in inherited.options.items():
             found.take(key, value)
         found.sources.update(inherited.sources)
     found.about = content.get("about", "")
@@ -113,7 +110,7 @@ def _read(name: str, below: tuple[str, ...]) -> Recipe:
     for key, value in _dotted(content).items():
         found.take(key, value)
     for entry in content.get("sources", []):
-        keys = [key for key in found.values if key not in found.sources] if entry["keys"] == ["*"] else entry["keys"]
+        keys = [key for key in found.options if key not in found.sources] if entry["keys"] == ["*"] else entry["keys"]
         found.sources.update(dict.fromkeys(keys, Source(entry["source"], entry["date"])))
     return found
 
@@ -124,10 +121,6 @@ def _of_example(name: str) -> Recipe:
     for key, value in _dotted({"options": read_json(folder / "config.json")}).items():
         if key not in OF_THE_EXAMPLE:
             found.take(key, value)
-    first = read_json(folder / "multidatabackend.json")[0]
-    size = first["resolution"]
-    found.take(DATA + "size", size if isinstance(size, str) else f"{size}x{size}")
-    found.take(DATA + "frames", first["video"]["num_frames"])
     return found
 
 
@@ -138,7 +131,6 @@ def _dotted(content: dict[str, Any]) -> dict[str, Any]:
             found.update({f"{NESTED}.{inner}": item for inner, item in value.items()})
         else:
             found[key] = value
-    found.update({f"{DATA}{key}": value for key, value in content.get("data", {}).items()})
     return found
 
 
@@ -161,7 +153,7 @@ def recipes_for(flavour: str, method: str | None, kind: str, demo: bool = False)
 
 
 def choose(flavour: str, method: str | None, kind: str, card: float | None, demo: bool = False) -> Recipe | None:
-    """The recipe of a kind for the largest card that is no larger than `card` GB; for the smallest there is, if all are.
+    """The recipe of a kind for the largest card of at most `card` GB; the one for the smallest, where all are larger.
 
     None if there is no recipe of that kind. A `card` of None means that nothing is known: the one for 24 GB or next.
     """

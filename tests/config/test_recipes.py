@@ -23,9 +23,9 @@ def loaded(home: Path, argv: list[str] | None = None, **content: Any) -> LoadedC
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads_and_every_number_has_a_source(name: str, tmp_path: Path) -> None:
     chosen = recipe(name)
-    assert chosen.about and [key for key, value in chosen.values.items() if is_number(value)]
-    assert not [key for key, value in chosen.values.items() if is_number(value) and key not in chosen.sources]
-    assert not set(chosen.sources) - set(chosen.values), "a source of a number that is not there"
+    assert chosen.about and [key for key, value in chosen.options.items() if is_number(value)]
+    assert not [key for key, value in chosen.options.items() if is_number(value) and key not in chosen.sources]
+    assert not set(chosen.sources) - set(chosen.options), "a source of a number that is not there"
     for source in chosen.sources.values():
         assert len(source.text) > 8 and re.fullmatch(r"20\d\d-\d\d", source.date)
     run = loaded(tmp_path, recipe=name)

@@ -16,7 +16,7 @@ FASTVIDEO_SCRIPT = ("fastvideo", "dmd_denoising_steps", "num_latent_t")
 
 
 def convert(path: Path) -> Converted:
-    """Reads a configuration of SimpleTuner (.json, .toml, .env), FastVideo (.yaml, a shell script) or Self-Forcing (.yaml).
+    """Reads a configuration of SimpleTuner (.json, .toml, .env), FastVideo (.yaml, a script) or Self-Forcing (.yaml).
 
     Raises UserError if the file cannot be read, or is none of these.
     """
@@ -25,8 +25,8 @@ def convert(path: Path) -> Converted:
     if kind is None:
         raise UserError(
             "is no configuration of SimpleTuner, FastVideo or Self-Forcing", file=str(path),
-            fix="name SimpleTuner's config.json, config.toml or config.env, FastVideo's script or .yaml, or Self-Forcing's "
-            ".yaml",
+            fix="name SimpleTuner's config.json, config.toml or config.env, FastVideo's script or .yaml, or "
+            "Self-Forcing's .yaml",
         )  # fmt: skip
     found: Converted = {
         "SimpleTuner": simpletuner.convert, "FastVideo": fastvideo.convert, "Self-Forcing": self_forcing.convert

@@ -116,7 +116,7 @@ def _take(found: Converted, key: str, value: Any, causal: bool, interval: float,
             found.change(key, value, ours, value)
     elif last == "real_score_guidance_scale" and amount is not None:
         if modular:
-            found.change(key, value, NESTED + last, amount, "this trainer (`method`) has the ordinary notation already; "
+            found.change(key, value, NESTED + last, amount, "this trainer (`method`) has the ordinary notation; "
                          "in a file from before that change, 3.5 means 4.5")  # fmt: skip
         else:
             found.change(key, value, NESTED + last, amount + 1, STANDARD)
@@ -134,8 +134,8 @@ def _take(found: Converted, key: str, value: Any, causal: bool, interval: float,
     elif last in ("dit_precision", "dit"):
         found.leave(key, value, "what trains is kept in fp32 in any case")
     elif last == "data_path":
-        found.leave(key, value, "latents of FastVideo's own preprocessing; name videos (instance_data_dir=...) or prompts "
-                    "(prompts=...)")  # fmt: skip
+        found.leave(key, value, "latents of FastVideo's own preprocessing; name videos (instance_data_dir=...) or "
+                    "prompts (prompts=...)")  # fmt: skip
     elif last in ("validation_dataset_file", "dataset_file"):
         found.leave(key, value, "their format; prompts go to validation_prompt_library, {name: prompt}")
     elif last in VALIDATION:
@@ -161,8 +161,9 @@ def _what_follows(found: Converted, short: dict[str, Any], distilled: bool, inte
     accumulated, devices = (number(short.get(key)) or 1 for key in ("gradient_accumulation_steps", "num_gpus"))
     shared = number(short.get("sp_size")) or 1
     samples = max(1, int(accumulated * devices / shared))
-    found.change("num_gpus x gradient_accumulation_steps", f"{devices:g} x {accumulated:g}", "gradient_accumulation_steps",
-                 samples, "the same samples per step on one device; divide by num_processes with several")  # fmt: skip
+    found.change("num_gpus x gradient_accumulation_steps", f"{devices:g} x {accumulated:g}",
+                 "gradient_accumulation_steps", samples,
+                 "the same samples per step on one device; divide by num_processes with several")  # fmt: skip
     betas = short.get("betas")
     if betas is not None:
         first, second = [float(part) for part in (betas.split(",") if isinstance(betas, str) else betas)]
@@ -172,7 +173,7 @@ def _what_follows(found: Converted, short: dict[str, Any], distilled: bool, inte
     if truth(short.get("use_ema", "ema_decay" in short)) and decay:
         found.values.update({"use_ema": True, "ema_validation": "ema_only"})
         found.change("ema_decay", decay, "ema_decay", round(decay**interval, 6),
-                     f"per student update here, per trainer step there: {decay:g} to the power of {interval:g}")  # fmt: skip
+                     f"per student update here, per step there: {decay:g} to the power of {interval:g}")  # fmt: skip
     if not distilled:
         return
     if NESTED + "fake_score_lr" not in found.values and "learning_rate" in found.values:

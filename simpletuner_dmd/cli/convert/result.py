@@ -19,7 +19,7 @@ STANDARD = "here 1 is off, v_u + g (v_c - v_u); there 0 is off, v_c + w (v_c - v
 
 @dataclass
 class Converted:
-    """An answer to `convert`. values: dotted options; datasets: entries of multidatabackend.json, if the file had some."""
+    """An answer to `convert`. values: dotted options; datasets: entries of its data file; prompts: a file of them."""
 
     tool: str
     values: dict[str, Any] = field(default_factory=dict)

@@ -86,7 +86,7 @@ def _special(found: Converted, key: str, value: Any, content: dict[str, Any], in
         steps = [step for step in value if step]
         warped = truth(content.get("warp_denoising_step", False))
         found.change(key, value, NESTED + "dmd_denoising_steps", ",".join(f"{step:g}" for step in steps),
-                     "unwarped, as there: flow_schedule_shift warps it" if warped else "timesteps as they are")  # fmt: skip
+                     "flow_schedule_shift warps it, as there" if warped else "timesteps as they are")  # fmt: skip
     elif key in ("guidance_scale", "real_guidance_scale") and amount is not None:
         found.change(key, value, NESTED + "real_score_guidance_scale", amount + 1, STANDARD)
     elif key == "fake_guidance_scale" and amount is not None:
@@ -105,7 +105,7 @@ def _special(found: Converted, key: str, value: Any, content: dict[str, Any], in
         found.change(key, value, "ema_decay", amount, "per student update, as there")
     elif key == "ema_start_step" and amount is not None:
         found.change(key, value, key, whole(amount // interval),
-                     f"counted in student updates here, in trainer steps there (one update in {interval:g})")  # fmt: skip
+                     f"in student updates here, in trainer steps there (one update in {interval:g})")  # fmt: skip
     elif key == "image_or_video_shape" and isinstance(value, list) and len(value) == 5:
         _, frames, _, height, width = value
         found.change(key, value, "validation_resolution", f"{width * 8}x{height * 8}", "8 pixels to a latent cell")

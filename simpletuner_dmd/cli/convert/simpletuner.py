@@ -1,4 +1,4 @@
-"""SimpleTuner's config.json, config.toml and config.env. Its keys are this tool's; what it lacks or means otherwise is said."""
+"""SimpleTuner's config.json, config.toml and config.env: its keys are this tool's, with a few exceptions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions on a terminal: each with a line of why, at 80 columns. Ctrl-C is a KeyboardInterrupt, for the verb to answer."""
+"""Questions on a terminal, each with a line of why, at 80 columns. Ctrl-C is a KeyboardInterrupt."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def say(text: str = "", indent: str = "") -> None:
 def select(question: str, why: str, choices: Sequence[tuple[str, Any]], default: Any = None) -> Any:
     """One of `choices` (what is shown, what it means), `default` being one of the meanings."""
     _why(why)
-    options = [
-        questionary.Choice(title=title[: width() - 4], value=number) for number, (title, _) in enumerate(choices)
-    ]
+    most = width() - len(question) - 4
+    options = [questionary.Choice(title=_cut(title, most), value=place) for place, (title, _) in enumerate(choices)]
     start = next((number for number, (_, value) in enumerate(choices) if value == default), 0)
     searched = len(choices) > LONG
     answer = questionary.select(
@@ -45,6 +44,10 @@ def select(question: str, why: str, choices: Sequence[tuple[str, Any]], default:
         use_search_filter=searched, use_jk_keys=False,
     ).unsafe_ask()  # fmt: skip
     return choices[answer][1]
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def text(question: str, why: str, default: str = "", check: Check | None = None) -> str:
@@ -71,7 +74,7 @@ def checkbox(question: str, why: str, choices: Sequence[str], chosen: Sequence[s
     _why(why)
     options = [questionary.Choice(title=title, value=title, checked=title in chosen) for title in choices]
     answer = questionary.checkbox(question, choices=options, qmark=QMARK, style=STYLE,
-                                  instruction="(Space marks, Enter goes on)", use_jk_keys=False).unsafe_ask()  # fmt: skip
+                                  instruction="(Space, Enter)", use_jk_keys=False).unsafe_ask()  # fmt: skip
     return list(answer)
 
 

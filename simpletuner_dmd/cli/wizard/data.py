@@ -14,7 +14,7 @@ from simpletuner_dmd.config.datasets import complete, needs_videos, read_entries
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.load import LoadedConfig, resolve_path
 from simpletuner_dmd.config.prompts import BUILT_IN
-from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, DEMO, SIZE_MULTIPLE, native_size
+from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, DEMO, SIZE_MULTIPLE
 from simpletuner_dmd.config.schema import TrainConfig, frames_4n1
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif"}
@@ -122,20 +122,15 @@ def set_converted(draft: Draft, datasets: list[dict[str, Any]] | None, prompts: 
 
 
 def shape(draft: Draft) -> tuple[str, int]:
-    """(width x height, frames) of the training videos: the entry's, else the recipe's, else the flavour's."""
-    from simpletuner_dmd.config.recipes import recipe
-
+    """(width x height, frames) of the training videos: what the data file says, else what validation renders."""
     entry, options = entry_of(draft) or {}, draft.options
-    given = recipe(options.recipe).values if options.recipe else {}
-    size, frames = given.get("data.size"), given.get("data.frames")
+    size, frames = "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames
     video = entry.get("video")
     if isinstance(video, dict) and isinstance(video.get("num_frames"), int):
-        frames = video["num_frames"]
+        frames = frames_4n1(video["num_frames"])
     if isinstance(entry.get("resolution"), str):
         size = entry["resolution"]
-    elif entry and not draft.is_new:
-        size = "x".join(map(str, options.validation_resolution[0]))
-    return size or native_size(options.model_flavour), frames or options.validation_num_video_frames
+    return size, frames
 
 
 def shape_problem(draft: Draft, text: str) -> str:
@@ -196,25 +191,31 @@ def set_shape(draft: Draft, size: str, frames: int) -> None:
 # --- what it holds ----------------------------------------------------------------------------------------------------
 
 
+def loaded(draft: Draft) -> LoadedConfig:
+    """The draft as a run would load it. Raises UserError with every mistake in it."""
+    from simpletuner_dmd.cli.common import with_demo_paths
+
+    merged = draft.merged()
+    datasets = read_entries(draft.datasets, draft.data_path.name)
+    complete(datasets, merged.options, lambda value: resolve_path(value, draft.folders), draft.cwd)
+    problems = [*merged.problems, *datasets.problems]
+    if problems:
+        raise UserError(problems)
+    assert datasets.text_embeds is not None, "complete fills it in"
+    return with_demo_paths(
+        LoadedConfig(merged.options, draft.path, merged.origins, datasets.entries, datasets.text_embeds, {}, [])
+    )
+
+
 def look(draft: Draft) -> Found:
     """Opens the files of the first dataset, as `check` does. Raises UserError if none of them can be used."""
     from simpletuner_dmd.cli.check import nothing_usable
     from simpletuner_dmd.cli.check_data import geometry_of
-    from simpletuner_dmd.cli.common import with_demo_paths
     from simpletuner_dmd.data.prepare import look_at_dataset
 
-    raw, merged = entry_of(draft), draft.merged()
-    assert raw is not None, "it was just made"
-    datasets = read_entries([raw], str(draft.data_path))
-    complete(datasets, merged.options, lambda value: resolve_path(value, draft.folders), draft.cwd)
-    if datasets.problems or not datasets.entries:
-        raise UserError(datasets.problems or "the dataset is disabled")
-    entry = datasets.entries[0]
-    assert datasets.text_embeds is not None, "complete fills it in"
-    loaded = with_demo_paths(
-        LoadedConfig(merged.options, draft.path, merged.origins, datasets.entries, datasets.text_embeds, {}, [])
-    )
-    scan = look_at_dataset(entry, loaded.config, geometry_of(loaded))
+    run = loaded(draft)
+    entry = run.datasets[0]
+    scan = look_at_dataset(entry, run.config, geometry_of(run))
     if problem := nothing_usable(scan):
         raise UserError(problem)
     captions = list(dict.fromkeys(caption for sample in scan.usable for caption in sample.captions))

@@ -35,13 +35,21 @@ def _show(draft: Draft) -> None:
     width = max(map(len, rows))
     for name, answer in rows.items():
         ask.say(f"{name:<{width}}  {answer}", "  ")
-    own = {key: value for key, value in draft.raw.items() if key != "recipe"}
-    if own:
+    own = {key: value for key, value in draft.raw.items() if key != "recipe" and draft.former[0].get(key) != value}
+    gone = [key for key in draft.former[0] if key not in draft.raw]
+    if own or gone:
         ask.say()
-        ask.say("Written" + (f" over recipe {draft.recipe}" if draft.recipe else "") + ": "
-                + ", ".join(f"{key} {shown(value)[:40]}" for key, value in own.items()), "  ")  # fmt: skip
+        what = "To be written" if draft.is_new else "Changed"
+        over = f" over recipe {draft.recipe}" if draft.recipe else ""
+        settings = [*(f"{key} {_short(value)}" for key, value in own.items()), *(f"{key} taken out" for key in gone)]
+        ask.say(f"{what}{over}: {', '.join(settings)}", "  ")
     for problem in draft.merged().problems:
         ask.say(f"Problem: {problem.key}: {problem.message}. {problem.fix}", "  ")
+
+
+def _short(value: object) -> str:
+    text = shown(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _change(draft: Draft, session: Session) -> None:

@@ -14,7 +14,6 @@ from simpletuner_dmd.config.recipes import recipe, recipes_for
 from simpletuner_dmd.config.run_options import TRACKERS
 
 NESTED = "distillation_config."
-LONGEST_DIRECTORY = 200
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 MODELS = (
     ("Wan 2.1 1.3B        480p, 81 frames; from 12 GB", "t2v-480p-1.3b-2.1"),
@@ -63,11 +62,12 @@ def method(draft: Draft, session: Session) -> None:
     flavour, demo = options.model_flavour, draft.is_demo
     choices = [
         one for one in METHODS
-        if any(recipes_for(flavour, one[1], kind, demo) for kind in ("lora", "full")) or one[1] == options.distillation_method
+        if one[1] == options.distillation_method
+        or any(recipes_for(flavour, one[1], kind, demo) for kind in ("lora", "full"))
     ]  # fmt: skip
     chosen = ask.select(
-        "Which method?", "dmd is the usual choice. The others are there for this model; simpletuner explain "
-        "distillation_method.", choices, options.distillation_method,
+        "Which method?", "How the student learns to need fewer steps. dmd is the usual choice.", choices,
+        options.distillation_method,
     )  # fmt: skip
     draft.take_kind(flavour, chosen, options.model_type, demo, session.card)
 
@@ -75,8 +75,8 @@ def method(draft: Draft, session: Session) -> None:
 def kind(draft: Draft, session: Session) -> None:
     options = draft.options
     chosen = ask.select(
-        "LoRA or full?", "A LoRA shares one frozen base between teacher, student and critic: far less memory.",
-        (("lora   small adapters, exported for diffusers and ComfyUI", "lora"), ("full   every weight of the student", "full")),
+        "LoRA or full?", "A LoRA shares one frozen base among all roles: far less memory.",
+        (("lora   small adapters, for diffusers and ComfyUI", "lora"), ("full   every weight of the student", "full")),
         options.model_type,
     )  # fmt: skip
     draft.take_kind(options.model_flavour, options.distillation_method, chosen, draft.is_demo, session.card)
@@ -85,16 +85,16 @@ def kind(draft: Draft, session: Session) -> None:
 def card(draft: Draft, session: Session) -> None:
     """Chooses among the recipes of the kind, which differ by memory."""
     found = gpu.find()
-    choices: list[tuple[str, float | None]] = [(f"{size} GB", float(size)) for size in gpu.CARDS]
+    choices: list[tuple[str, float]] = [(f"{size} GB", float(size)) for size in gpu.CARDS]
     if found is not None:
         choices.insert(0, (f"{found.name}, {found.memory:g} GB (in this machine)", found.memory))
     else:
-        choices.append(("none: a CPU", None))
+        choices.append(("none: a CPU", 0.0))
     options = draft.options
     written = recipe(options.recipe).card if options.recipe else None
     default = session.card or (found.memory if found else None) or (float(written) if written else 24.0)
     if draft.is_demo and found is None:
-        default = None
+        default = 0.0
     about = "None was found here. " if found is None else ""
     session.card = ask.select(
         "Which GPU will train?", about + "Its memory decides precision, frames and batch.", choices, default
@@ -126,7 +126,7 @@ def steps(draft: Draft, session: Session) -> None:
         return trial.problem(key, int(written))
 
     chosen = int(ask.text(
-        "How many steps?", "The student samples in so many; the published ones take 3 or 4. Fewer is harder.",
+        "How many steps?", "Published students take 3 or 4; fewer is harder, more is slower.",
         str(now), check,
     ))  # fmt: skip
     if chosen != now:
@@ -159,9 +159,9 @@ def place(draft: Draft, session: Session) -> None:
     """Prompts or videos: looked into before the answer is taken."""
     needs = data._needs_videos(draft.options)
     why = (
-        "This method learns from videos: a folder of .mp4 files, a .txt caption beside each."
+        "This method learns from videos: a folder of them, a .txt caption beside each."
         if needs
-        else "A file of prompts (one per line), a folder of videos, or builtin: the prompts that come with the tool."
+        else "A file of prompts, a folder of videos, or builtin: the tool's own prompts."
     )
     default = data.default_place(draft)
     while True:
@@ -186,7 +186,7 @@ def output(draft: Draft, session: Session) -> None:
     now = draft.options.output_dir
     if draft.is_new and not draft.has("output_dir"):
         now = f"output/{draft.recipe or 'run'}"
-    chosen = ask.text("Where does the run write?", "Checkpoints, videos, the report and the export, in one folder.", now,
+    chosen = ask.text("Where does the run write?", "Checkpoints, videos, report and export, in one folder.", now,
                       lambda written: draft.problem("output_dir", written) if written else "name a folder")  # fmt: skip
     draft.set("output_dir", chosen)
 
@@ -199,7 +199,7 @@ def hub(draft: Draft, session: Session) -> None:
         return "" if not written or HUB_ID.fullmatch(written) else "write owner/name, or nothing"
 
     chosen = ask.text(
-        "Upload to the Hub as? (empty: no)", "owner/name; private, when the run has finished. Needs a token: hf auth login.",
+        "Upload to the Hub as? (empty: no)", "owner/name; private, uploaded at the end; needs a token (hf auth login).",
         now, check,
     )  # fmt: skip
     if chosen:
