@@ -90,11 +90,14 @@ def _take_over(draft: Draft, source: Path) -> None:
 def _ask(draft: Draft, session: Session, converted: bool) -> bool:
     """Whether the draft is to be written."""
     from simpletuner_dmd.cli.wizard import ask
+    from simpletuner_dmd.cli.wizard.data import entry_of
     from simpletuner_dmd.cli.wizard.review import review
     from simpletuner_dmd.cli.wizard.short import QUESTIONS
 
     if converted:
         ask.say()
+        if entry_of(draft) is None:
+            QUESTIONS["data"](draft, session)
     elif draft.is_new:
         ask.say(
             f"Ten questions, then {draft.path} is written. Enter takes what is offered; Ctrl-C leaves and "
@@ -116,7 +119,7 @@ def _write(draft: Draft, session: Session) -> int:
     from simpletuner_dmd.config import load
 
     if draft.is_new and session.found is not None and not draft.has("validation_prompt_library"):
-        draft.library = library(session.found)
+        draft.library = library(session.found, draft.is_demo)
     lines = save(draft)
     print("\nWritten:")
     for line in lines:

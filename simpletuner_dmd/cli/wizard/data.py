@@ -70,7 +70,7 @@ def entry_of(draft: Draft) -> dict[str, Any] | None:
 
 def set_data(draft: Draft, place: str) -> Found:
     """Makes a place the draft's data. Raises UserError if it cannot be, and changes nothing then."""
-    kind = "video" if place == DEMO and _needs_videos(draft.options) else kind_of(place, draft.folders)
+    kind = "video" if place == DEMO and learns_from_videos(draft.options) else kind_of(place, draft.folders)
     if kind == "prompts" and (misfit := _misfit(draft.options)):
         raise UserError(misfit)
     size, frames = shape(draft)
@@ -91,7 +91,8 @@ def _misfit(config: TrainConfig) -> str:
     return "" if not problems else f"{problems[0].message}: name a folder of videos"
 
 
-def _needs_videos(config: TrainConfig) -> bool:
+def learns_from_videos(config: TrainConfig) -> bool:
+    """Whether prompts alone are not enough for the method."""
     return bool(_misfit(config))
 
 
@@ -102,7 +103,7 @@ def default_place(draft: Draft) -> str:
         return str(entry["instance_data_dir"])
     if draft.is_demo:
         return DEMO
-    return "datasets/my-videos" if _needs_videos(draft.options) else BUILTIN
+    return "datasets/my-videos" if learns_from_videos(draft.options) else BUILTIN
 
 
 def set_converted(draft: Draft, datasets: list[dict[str, Any]] | None, prompts: str | None) -> None:
@@ -188,6 +189,14 @@ def set_shape(draft: Draft, size: str, frames: int) -> None:
         entry["resolution"] = min(width, height)
 
 
+def reset_shape(draft: Draft) -> None:
+    """Back to the size and length of the recipe, for training too."""
+    for key in ("validation_resolution", "validation_num_video_frames", "distillation_config.num_training_frames"):
+        draft.set(key, None)
+    options = draft.options
+    set_shape(draft, "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames)
+
+
 # --- what it holds ----------------------------------------------------------------------------------------------------
 
 
@@ -227,10 +236,13 @@ def look(draft: Draft) -> Found:
     return Found(entry.dataset_type, lines, captions)
 
 
-def library(found: Found) -> dict[str, str]:
-    """Validation prompts: some of the data's own captions, spread over it, then prompts that ask for motion."""
-    step = max(1, len(found.captions) // OWN_PROMPTS)
-    chosen = [caption for caption in found.captions[::step] if caption.strip()][:OWN_PROMPTS]
+def library(found: Found, demo: bool) -> dict[str, str]:
+    """Validation prompts: some of the data's own captions, spread over it, then prompts that ask for motion.
+
+    The tiny Wan of the demo knows nothing but its own captions.
+    """
+    most = 2 * OWN_PROMPTS if demo else OWN_PROMPTS
+    step = max(1, len(found.captions) // most)
+    chosen = [caption for caption in found.captions[::step] if caption.strip()][:most]
     own = {f"own-{number}": caption for number, caption in enumerate(chosen, 1)}
-    rest = OWN_PROMPTS * 2 - len(own) if not own else OWN_PROMPTS
-    return {**own, **dict(list(BUILT_IN.items())[:rest])}
+    return {**own, **dict(list(BUILT_IN.items())[: 2 * OWN_PROMPTS - len(own)])}

@@ -76,7 +76,7 @@ def _take_data(draft: Draft, words: dict[str, str], session: Session) -> None:
     place = words.get("instance_data_dir", words.get("prompts"))
     if place is None and data.entry_of(draft) is not None:
         return
-    if place is None and data._needs_videos(draft.options) and not draft.is_demo:
+    if place is None and data.learns_from_videos(draft.options) and not draft.is_demo:
         raise UserError("nothing says where the videos are, and this method learns from them", file=COMMAND_LINE,
                         key="instance_data_dir", fix="instance_data_dir=path/to/the/folder")  # fmt: skip
     shape = data.shape(draft)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpletuner_dmd.cli.wizard import advanced, ask
+from simpletuner_dmd.cli.wizard.data import reset_shape
 from simpletuner_dmd.cli.wizard.draft import Draft
 from simpletuner_dmd.cli.wizard.short import FIRST, QUESTIONS, Session, answers
 from simpletuner_dmd.config.mistakes import shown
@@ -57,5 +58,7 @@ def _change(draft: Draft, session: Session) -> None:
     choices = [(f"{name:<14} {answer}", name) for name, answer in rows.items()]
     name = ask.select("Which answer?", "", choices)
     QUESTIONS[name](draft, session)
-    if name in FIRST[:3] and draft.is_new:
-        QUESTIONS["GPU"](draft, session)
+    if name in FIRST and draft.is_new:
+        if name != "GPU":
+            QUESTIONS["GPU"](draft, session)
+        reset_shape(draft)

@@ -157,7 +157,7 @@ def size(draft: Draft, session: Session) -> None:
 
 def place(draft: Draft, session: Session) -> None:
     """Prompts or videos: looked into before the answer is taken."""
-    needs = data._needs_videos(draft.options)
+    needs = data.learns_from_videos(draft.options)
     why = (
         "This method learns from videos: a folder of them, a .txt caption beside each."
         if needs
