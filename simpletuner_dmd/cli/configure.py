@@ -82,6 +82,7 @@ def _take_over(draft: Draft, source: Path) -> None:
 
     converted = convert(source)
     print("\n".join(converted.table()))
+    draft.notes = converted.table()
     draft.raw = converted.options()
     draft.is_new = True
     set_converted(draft, converted.datasets, converted.prompts)
@@ -95,19 +96,15 @@ def _ask(draft: Draft, session: Session, converted: bool) -> bool:
     from simpletuner_dmd.cli.wizard.short import QUESTIONS
 
     if converted:
-        ask.say()
         if entry_of(draft) is None:
             QUESTIONS["data"](draft, session)
     elif draft.is_new:
-        ask.say(
-            f"Ten questions, then {draft.path} is written. Enter takes what is offered; Ctrl-C leaves and "
-            "writes nothing."
-        )
-    else:
-        ask.say(f"{draft.path} is there: its values are offered, and keys that are not asked for stay as they are.")
-    if draft.is_new and not converted:
+        ask.say(f"Ten questions, then {draft.path} is written. Enter takes what is offered.")
+        ask.say("Ctrl-C leaves and writes nothing.")
         for question in QUESTIONS.values():
             question(draft, session)
+    else:
+        ask.say(f"{draft.path} is there: its values are offered, and keys that are not asked for stay as they are.")
     return review(draft, session)
 
 

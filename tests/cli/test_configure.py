@@ -53,6 +53,12 @@ def test_three_files_as_the_difference_from_the_recipe(capsys: pytest.CaptureFix
     assert run.validation_prompts == prompts and run.config.base_model_precision == "int8-quanto"
 
 
+def test_longer_clips_than_the_recipes_lengthen_the_rollout() -> None:
+    assert main(["configure", "--non-interactive", "gpu=12", "prompts=prompts.txt", "size=832x480x61"]) == 0
+    assert read("config/config.json")["distillation_config"] == {"num_training_frames": 16}
+    assert read("config/multidatabackend.json")[0]["video"] == {"num_frames": 61}
+
+
 def test_videos_are_looked_into_and_get_their_shape(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["distillation_method=lcm", "instance_data_dir=videos", "size=64x64x9"]
     assert main(["configure", "--non-interactive", *given, "--output", "config/mine/config.json"]) == 0
@@ -61,7 +67,7 @@ def test_videos_are_looked_into_and_get_their_shape(capsys: pytest.CaptureFixtur
     assert (entry["dataset_type"], entry["resolution"], entry["video"]) == ("video", 64, {"num_frames": 9})
     config = read("config/mine/config.json")
     assert config["recipe"] == "wan-1.3b-lcm-lora" and config["validation_resolution"] == "64x64"
-    assert config["distillation_config"] == {"num_training_frames": 3}
+    assert "distillation_config" not in config, "the rollout's limit is no shorter than the clips"
 
 
 @pytest.mark.parametrize(
@@ -76,6 +82,7 @@ def test_videos_are_looked_into_and_get_their_shape(capsys: pytest.CaptureFixtur
         (["size=830x480x81"], "multiples of 16: 832x480x81"),
         (["size=832x480x80"], "4n+1 frames: 832x480x77"),
         (["gpu=much"], "must be memory in GB"),
+        (["max_train_steps=7"], "distillation_config.critic_warmup_steps: found 100, but the run has 7 steps"),
     ],
 )
 def test_mistakes_write_nothing(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def test_every_question_is_heard(keyboard: Any) -> None:
     assert main(["configure", "config/five/config.json"]) == 0
     assert read("config/five/config.json") == {
         "recipe": "wan-5b-dmd-lora",
-        "distillation_config": {"student_steps": 3, "num_training_frames": 13},
+        "distillation_config": {"student_steps": 3},
         "validation_resolution": "640x352",
         "validation_num_video_frames": 49,
         "output_dir": "output/five",

@@ -160,13 +160,10 @@ def set_shape(draft: Draft, size: str, frames: int) -> None:
     """Training, validation and rollout all at one size and length."""
     draft.set("validation_resolution", size)
     draft.set("validation_num_video_frames", frames)
-    if draft.options.distillation_config is not None:
-        latent = (frames - 1) // 4 + 1
-        if (
-            draft.has("distillation_config.num_training_frames")
-            or latent != draft.options.distillation.num_training_frames
-        ):
-            draft.set("distillation_config.num_training_frames", latent)
+    key, latent = "distillation_config.num_training_frames", (frames - 1) // 4 + 1
+    settings = draft.options.distillation_config
+    if settings is not None and (latent > settings.num_training_frames or draft.has(key)):
+        draft.set(key, latent)
     entry = entry_of(draft)
     if entry is None:
         return

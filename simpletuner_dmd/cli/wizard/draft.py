@@ -16,6 +16,7 @@ from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig
 
 PROMPTS_FILE = "validation_prompts.json"
+NOTES_FILE = "converted.txt"
 INSIDE = NESTED + "."
 
 
@@ -24,6 +25,7 @@ class Draft:
 
     A key that the person did not have is written only where it changes something: the file is the difference from the
     recipe, or from the defaults. library: prompts for a new file of validation prompts; None leaves what there is.
+    notes: what a conversion said, for a file beside the others.
     """
 
     def __init__(self, path: Path, cwd: Path | None = None):
@@ -33,6 +35,7 @@ class Draft:
         self.is_new = not is_file(path)
         self.raw: dict[str, Any] = {} if self.is_new else _object(path)
         self.library: dict[str, str] | None = None
+        self.notes: list[str] = []
         self.datasets: list[dict[str, Any]] = _list(self.data_path) if is_file(self.data_path) else []
         self.former = copy.deepcopy((self.raw, self.datasets))
 
@@ -52,6 +55,10 @@ class Draft:
             if isinstance(written, str) and written
             else self.path.parent / DATA_FILE
         )
+
+    @property
+    def notes_path(self) -> Path:
+        return self.path.parent / NOTES_FILE
 
     @property
     def prompts_path(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simpletuner_dmd.cli.wizard import data, gpu
 from simpletuner_dmd.cli.wizard.draft import Draft, typed
-from simpletuner_dmd.cli.wizard.short import Session
+from simpletuner_dmd.cli.wizard.short import Session, about_recipe
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.layers import COMMAND_LINE, command_line_layer
 from simpletuner_dmd.config.recipes import KIND
@@ -22,6 +22,7 @@ def take(draft: Draft, tokens: list[str], session: Session, converted: bool) -> 
         raise UserError(layer.problems)
     values = layer.values
     problems: list[Problem] = []
+    known = {str(problem) for problem in draft.merged().problems}
     if "gpu" in words:
         session.card = gpu.memory_of(words["gpu"])
         if session.card is None:
@@ -35,9 +36,7 @@ def take(draft: Draft, tokens: list[str], session: Session, converted: bool) -> 
             value = values[key]
             value = typed(value) if isinstance(value, str) else value
             draft.set(key, value if value is not None else "none")
-    wrong = [
-        problem for problem in draft.merged().problems if problem.key.split(".")[0] in {k.split(".")[0] for k in values}
-    ]
+    wrong = [problem for problem in draft.merged().problems if str(problem) not in known]
     if problems or wrong:
         raise UserError([*problems, *(Problem(COMMAND_LINE, one.key, one.message, one.fix) for one in wrong)])
     _take_data(draft, words, session)
@@ -62,7 +61,8 @@ def _choose_recipe(draft: Draft, values: dict[str, object], session: Session) ->
     method = values.get("distillation_method", "dmd")
     name = None if method is None or str(method).lower() in ("none", "null", "") else str(method)
     card = session.card or (found.memory if (found := gpu.find()) else None)
-    draft.take_kind(flavour, name, str(values.get("model_type", "lora")), model == DEMO, card)
+    chosen = draft.take_kind(flavour, name, str(values.get("model_type", "lora")), model == DEMO, card)
+    print("\n".join(about_recipe(draft, chosen, card)))
     for key in KIND:
         if key in values and draft.has("recipe"):
             del values[key]  # the recipe says it

@@ -9,6 +9,7 @@ from simpletuner_dmd.cli.wizard.short import FIRST, QUESTIONS, Session, answers
 from simpletuner_dmd.config.mistakes import shown
 
 WRITE, CHANGE, EVERY, LEAVE = "write", "change", "every", "leave"
+MOST = 6
 
 
 def review(draft: Draft, session: Session) -> bool:
@@ -43,7 +44,8 @@ def _show(draft: Draft) -> None:
         what = "To be written" if draft.is_new else "Changed"
         over = f" over recipe {draft.recipe}" if draft.recipe else ""
         settings = [*(f"{key} {_short(value)}" for key, value in own.items()), *(f"{key} taken out" for key in gone)]
-        ask.say(f"{what}{over}: {', '.join(settings)}", "  ")
+        more = f", and {len(settings) - MOST} more" if len(settings) > MOST else ""
+        ask.say(f"{what}{over}: {', '.join(settings[:MOST])}{more}", "  ")
     for problem in draft.merged().problems:
         ask.say(f"Problem: {problem.key}: {problem.message}. {problem.fix}", "  ")
 

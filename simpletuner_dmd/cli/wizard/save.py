@@ -21,23 +21,29 @@ def save(draft: Draft) -> list[str]:
 
     Raises UserError if a place cannot be written; what was there then still is.
     """
-    if draft.library is not None and not is_file(draft.prompts_path):
+    if draft.library is not None:
         draft.set("validation_prompt_library", draft.prompts_path.name)
-    files: list[tuple[Path, object]] = []
+    files: list[tuple[Path, str]] = []
+    if draft.notes:
+        files.append((draft.notes_path, "\n".join(draft.notes) + "\n"))
     if draft.library is not None and not is_file(draft.prompts_path):
-        files.append((draft.prompts_path, draft.library))
-    if draft.is_new or draft.datasets != draft.former[1] or not is_file(draft.data_path):
-        files.append((draft.data_path, draft.datasets))
-    files.append((draft.path, draft.raw))
+        files.append((draft.prompts_path, _json(draft.library)))
+    if draft.datasets and (draft.is_new or draft.datasets != draft.former[1]):
+        files.append((draft.data_path, _json(draft.datasets)))
+    files.append((draft.path, _json(draft.raw)))
     lines = []
     with _uninterrupted():
-        for path, content in files:
+        for path, text in files:
             try:
-                lines += _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                lines += _write(path, text)
             except OSError as error:
                 raise UserError(f"cannot be written: {error.strerror}", file=str(path),
                                 fix="choose another place with --output PATH") from error  # fmt: skip
     return lines
+
+
+def _json(content: object) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write(path: Path, text: str) -> list[str]:

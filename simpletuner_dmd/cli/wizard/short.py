@@ -102,12 +102,18 @@ def card(draft: Draft, session: Session) -> None:
     name = draft.take_kind(
         options.model_flavour, options.distillation_method, options.model_type, draft.is_demo, session.card
     )
-    if name is not None:
-        ask.say(f"Recipe {name}: {recipe(name).about}.", "  ")
-        if session.card and (recipe(name).card or 0) > session.card:
-            ask.say(f"It is meant for {recipe(name).card} GB, and there is none for less: it may not fit.", "  ")
-    elif draft.is_new:
-        ask.say("There is no recipe for this; the defaults apply.", "  ")
+    for line in about_recipe(draft, name, session.card):
+        ask.say(line, "  ")
+
+
+def about_recipe(draft: Draft, name: str | None, card: float | None) -> list[str]:
+    """What to say of the recipe that a draft was given, or was not."""
+    if name is None:
+        return ["There is no recipe for this; the defaults apply."] if draft.is_new else []
+    lines, meant = [f"Recipe {name}: {recipe(name).about}."], recipe(name).card or 0
+    if card and meant > card:
+        lines.append(f"It is meant for {meant} GB, and there is none for less: it may not fit.")
+    return lines
 
 
 def steps(draft: Draft, session: Session) -> None:
