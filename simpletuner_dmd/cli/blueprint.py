@@ -271,9 +271,7 @@ def _depths(loaded: LoadedConfig, depth: int) -> tuple[int, int]:
     return (every, every + step) if every + step < depth else (depth, depth)
 
 
-def _look(
-    loaded: LoadedConfig, depth: int, question: _Question, only: tuple[str, ...] | None = None
-) -> Training:
+def _look(loaded: LoadedConfig, depth: int, question: _Question, only: tuple[str, ...] | None = None) -> Training:
     plan = Blueprint(loaded, depth)
     roles, method, average = plan.run()
     base = roles.teacher.transformer

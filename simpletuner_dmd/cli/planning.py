@@ -65,9 +65,7 @@ def geometry_of(loaded: LoadedConfig) -> LatentGeometry:
     )
 
 
-def sizes_of(
-    loaded: LoadedConfig, scans: Sequence[DatasetScan] = (), shapes: Sequence[LatentShape] = ()
-) -> Sizes:
+def sizes_of(loaded: LoadedConfig, scans: Sequence[DatasetScan] = (), shapes: Sequence[LatentShape] = ()) -> Sizes:
     """From the batches themselves (`shapes`), from the files, or from what the datasets ask for."""
     config, geometry = loaded.config, geometry_of(loaded)
 
@@ -227,9 +225,7 @@ def _state(loaded: LoadedConfig, training: Training, role: str | None = None) ->
     return round(sum(rates.get(name, chosen) * counts[name] for name in counts if role in (None, name)))
 
 
-def _components(
-    loaded: LoadedConfig, training: Training, parts: _Parts, machine: Machine
-) -> Iterable[Component]:
+def _components(loaded: LoadedConfig, training: Training, parts: _Parts, machine: Machine) -> Iterable[Component]:
     """What the training step holds, and on which side."""
     config, held = loaded.config, training.held
     yield Component("base", f"weights ({_precision(loaded)})", held.base)
@@ -350,6 +346,7 @@ def _changes(loaded: LoadedConfig, machine: Machine, sizes: Sizes, limit: int) -
 
     kinds = [
         lambda: once("gradient_checkpointing", True),
+        lambda: once("text_encoder_1_precision", "int8-quanto"),
         lambda: once("base_model_precision", "int8-quanto") if lora else [],
         halves,
         shorter,

@@ -24,11 +24,14 @@ from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_a
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
+from simpletuner_dmd.cli.watching import PlanWatch
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import AveragedDenoiser
+from simpletuner_dmd.training.out_of_memory import EXIT_CODE as OUT_OF_MEMORY
+from simpletuner_dmd.training.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 from simpletuner_dmd.training.progress import peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
@@ -74,6 +77,7 @@ class TrainingRun:
         self.assembly = Assembly(loaded, self.accelerator.device)
         self.config = loaded.config
         self.output_dir = Path(self.config.output_dir).expanduser()
+        self.watch = PlanWatch(loaded, self.accelerator.device, self.output_dir, self.say)
         self.began = time.perf_counter()
 
     @property
@@ -87,7 +91,24 @@ class TrainingRun:
     # --- the whole of it --------------------------------------------------------------------------------------------
 
     def go(self) -> int:
-        """Exit code 0 when trained, exported and loaded back; 130 when interrupted."""
+        """Exit code 0 when trained, exported and loaded back; 130 when interrupted, 3 when memory ran out."""
+        try:
+            return self._go()
+        except OutOfMemory as stopped:
+            return self._out_of_memory(stopped.reason, stopped.step, stopped.saved)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._out_of_memory(first_line(error), None, None)
+
+    def _out_of_memory(self, reason: str, step: int | None, saved: Path | None) -> int:
+        for line in self.watch.out_of_memory(reason, step, saved):
+            print(line, file=sys.stderr, flush=True)
+        return OUT_OF_MEMORY
+
+    def _go(self) -> int:
+        if self.main:
+            self.watch.announce()
         parts = self._put_together()
         try:
             with self._rendering(parts) as renderer:
@@ -116,13 +137,15 @@ class TrainingRun:
         loaded, config = self.assembly.loaded, self.config
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
+        steps = self._total_steps(data)
+        if self.main:
+            self.watch.know(data.latent_shapes(), steps)
         roles, lines = self.assembly.roles()
         checkpoint = self._checkpoint()
         if checkpoint is None and config.init_lora is not None and config.model_type == "lora":
             lines += start_student(roles, Path(config.init_lora))
         average = student_average(config, roles)
         method = self.assembly.method(roles, None if average is None else AveragedDenoiser(roles.student, average))
-        steps = self._total_steps(data)
         tracking = self._tracking(checkpoint)
         trainer = Trainer(
             self._trainer_settings(steps),
@@ -162,8 +185,17 @@ class TrainingRun:
             parts.webhook.send(f"validation at step {step} of {total}", event="validation", step=step)
 
         trainer.validate = None if renderer is None else validate
+
+        def stepped(values: dict[str, float]) -> None:
+            if all(role.updates for role in trainer.optimizers.values()):
+                facts = self.watch.compare(values["step_seconds"])
+                if facts is not None:
+                    parts.tracking.event("plan", step=trainer.step, **facts)
+
+        trainer.stepped = stepped
         trainer.checkpointed = lambda path, step: self._checkpointed(parts, step)
         self.accelerator.wait_for_everyone()
+        self.watch.begin()
         parts.webhook.send(f"training starts at step {trainer.step} of {total}", event="start")
         trainer.run()
 

@@ -195,14 +195,14 @@ def fitting(
                 return [Change(key, value, peak)]
     together: dict[str, Any] = {}
     found: list[Change] = []
+    lowest = peak_with({})
     for kind in kinds:
         for key, value in kind:
             peak = peak_with({**together, key: value})
             if peak <= limit:
                 return [*found, Change(key, value, peak)]
-        if kind:
-            key, value = kind[-1]
-            together[key] = value
+        if kind and peak < lowest:  # the harshest of its kind, where it helps at all
+            together[key], lowest = value, peak
             found.append(Change(key, value, peak))
     return found
 
