@@ -7,6 +7,7 @@ import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from simpletuner_dmd.cli.check_data import (
     print_data,
 )
 from simpletuner_dmd.cli.common import add_config_arguments, load_config
+from simpletuner_dmd.cli.machine import machine_problems
 
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig, Problem
@@ -86,7 +88,7 @@ def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
     from simpletuner_dmd.config import UserError
     from simpletuner_dmd.data.prepare import look_at_dataset
 
-    problems = [*model_problems(loaded), *output_problems(loaded)]
+    problems = [*machine_problems(loaded), *model_problems(loaded), *output_problems(loaded)]
     scans: list[Any] = []
     for entry in loaded.datasets:
         missing = folder_problem(entry, loaded.config)
@@ -190,6 +192,7 @@ def model_problems(loaded: LoadedConfig) -> list[Problem]:
 
 def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
     """Blocks in `tread_config` and in the method's settings that the transformer in this folder does not have."""
+    from simpletuner_dmd.config.memory_rules import depth_problems as swap_problems
     from simpletuner_dmd.config.read import read_json
     from simpletuner_dmd.config.tread import depth_of
 
@@ -198,6 +201,7 @@ def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
     if not file.is_file():
         return found
     depth = depth_of(read_json(file, str(file)))
+    found += [replace(problem, file=loaded.origins.get(problem.key, "")) for problem in swap_problems(config, depth)]
     if config.tread_config is not None:
         found += config.tread_config.depth_problems(depth, loaded.origins.get("tread_config", ""))
     if config.distillation_config is not None:

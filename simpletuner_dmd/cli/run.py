@@ -20,12 +20,13 @@ from accelerate.utils import InitProcessGroupKwargs
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
+from simpletuner_dmd.cli.machine import machine_problems
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
 from simpletuner_dmd.cli.watching import PlanWatch
-from simpletuner_dmd.config import LoadedConfig
+from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
@@ -135,6 +136,8 @@ class TrainingRun:
     def _put_together(self) -> Parts:
         """Everything built, resumed and tested; nothing of an earlier run is touched before that has worked."""
         loaded, config = self.assembly.loaded, self.config
+        if problems := machine_problems(loaded):
+            raise UserError(problems)
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         steps = self._total_steps(data)
@@ -322,6 +325,7 @@ class TrainingRun:
             renderer.render(parts.roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
             if self.assembly.schedule.ladder:
                 renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
+        self._leave_to_training()
 
     def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
         sampler, student, ema = (
@@ -336,6 +340,12 @@ class TrainingRun:
             if wanted in ("ema_only", "comparison"):
                 with parts.best_student():
                     renderer.render(student, sampler, "student-ema", step)
+        self._leave_to_training()
+
+    def _leave_to_training(self) -> None:
+        """Drops the VAE between two validations, where it may be there only while it works."""
+        if self.config.offload_during_startup:
+            self.assembly.codec.unload()
 
     # --- results ----------------------------------------------------------------------------------------------------
 

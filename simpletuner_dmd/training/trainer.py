@@ -356,7 +356,10 @@ def _detached(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
 
 
 def _kind(role: RoleOptimizer) -> str:
-    return type(role.optimizer).__name__
+    """The optimizer's class, and its library where torch or optimi have one of that name too."""
+    kind = type(role.optimizer)
+    library = kind.__module__.split(".")[0]
+    return f"{library} {kind.__name__}" if library in ("bitsandbytes", "torchao") else kind.__name__
 
 
 def _listed(names: Iterable[str]) -> str:
