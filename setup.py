@@ -42,17 +42,22 @@ DEPENDENCIES = [
 PYARROW = "pyarrow>=18,<28"
 S3FS = "s3fs>=2025.3"
 
+# The marker names where it has wheels.
+BITSANDBYTES = (
+    "bitsandbytes>=0.48,<1; (platform_system == 'Linux' and (platform_machine == 'x86_64' or "
+    "platform_machine == 'aarch64')) or platform_system == 'Windows'"
+)
+
 EXTRAS = {
-    # The marker repeats what finding CUDA implies, for those who ask for the extra by name.
-    "cuda": [
-        "bitsandbytes>=0.48,<1; (platform_system == 'Linux' and (platform_machine == 'x86_64' or "
-        "platform_machine == 'aarch64')) or platform_system == 'Windows'"
-    ],
+    "cuda": [BITSANDBYTES],
     "rocm": [],
     "apple": [],
     "cpu": [],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
+    # Each is behind some names of `optimizer` and nothing else: 8-bit and paged state (bitsandbytes also runs on CPUs),
+    # 8- and 4-bit state compiled for any device, and a learning rate that finds itself.
+    "optimizers": [BITSANDBYTES, "torchao>=0.17,<0.19", "prodigyopt>=1.1,<2"],
     # Parquet is what Hub datasets and large caption tables are stored in; most runs need neither.
     "parquet": [PYARROW],
     # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
+from simpletuner_dmd.config.memory_rules import depth_problems, offloads_teacher
 from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import depth_of, routed_roles
@@ -28,13 +29,18 @@ from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.causal import Window
+from simpletuner_dmd.wan.compiling import compile_blocks, why_not_compiled
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.loading import DTYPES, ModelSource, load_transformer, transformer_config
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
+from simpletuner_dmd.wan.offload import offload_in_groups
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
+from simpletuner_dmd.wan.runner import Recompute
+from simpletuner_dmd.wan.swap import BlockSwap
 from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
@@ -68,7 +74,15 @@ class Assembly:
 
     @cached_property
     def codec(self) -> VideoCodec:
-        return VideoCodec(self.source, device=self.device)
+        config = self.config
+        return VideoCodec(
+            self.source,
+            device=self.device,
+            tiling=config.vae_enable_tiling,
+            slicing=config.vae_enable_slicing,
+            make_room=lambda: self._make_room("codec"),
+            group_offload=config.enable_group_offload,
+        )
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
@@ -78,7 +92,15 @@ class Assembly:
             precision=self.config.text_encoder_1_precision,
             max_length=self.config.tokenizer_max_length,
             device=self.device,
+            make_room=lambda: self._make_room("text_encoder"),
+            group_offload=self.config.enable_group_offload and self.config.text_encoder_1_precision == "no_change",
         )
+
+    def _make_room(self, coming: str) -> None:
+        """Drops the encoder that is not needed now, where only one may be there at a time."""
+        other = {"codec": "text_encoder", "text_encoder": "codec"}[coming]
+        if self.config.offload_during_startup and other in self.__dict__:
+            getattr(self, other).unload()
 
     @cached_property
     def geometry(self) -> LatentGeometry:
@@ -90,14 +112,18 @@ class Assembly:
             patch=self.network["patch_size"][1],
         )
 
-    def base_transformer(self, *, quantised: bool = True) -> nn.Module:
-        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device."""
+    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device; swapped: but for
+        the blocks that the run keeps on the host."""
         config = self.config
         transformer = self._with_teacher_lora(load_transformer(self.source, self.dtype))
         if quantised and config.base_model_precision != "no_change":
             quantise(
                 transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
             )
+        if swapped and config.blocks_to_swap:
+            BlockSwap(transformer, config.blocks_to_swap, self.device)
+            return transformer
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
@@ -108,8 +134,10 @@ class Assembly:
             place = self.loaded.origins.get("distillation_config.gan_blocks", "")
             if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
                 raise UserError(problems)
-        base = self.base_transformer()
-        notice = choose_attention(base, config.attention_mechanism)
+        if problems := depth_problems(config, depth_of(self.network)):
+            raise UserError([replace(problem, file=self.loaded.origins.get(problem.key, "")) for problem in problems])
+        base = self.base_transformer(swapped=True)
+        lines = [*self._attention(base)]
         adapters = self.adapters()
         owned = [role for role in self._moving_networks() if role not in adapters]
         roles = build_roles(
@@ -118,10 +146,15 @@ class Assembly:
             full={role: self._full_network() for role in owned},
             causal=self._causal_layout,
             gradient_checkpointing=config.gradient_checkpointing,
+            recompute=Recompute(
+                config.gradient_checkpointing_interval, config.gradient_checkpointing_backend == "offloaded"
+            ),
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        lines = [notice] if notice else []
+        if offloads_teacher(config):
+            offload_in_groups(base, self.device)
+        lines += [*self._swap_lines(base), *self._compile(roles)]
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
             lines.append(routing_line(name, routes, depth_of(self.network)))
@@ -172,8 +205,28 @@ class Assembly:
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
         network = self._with_teacher_lora(load_transformer(self.source, torch.float32)).to(self.device)
-        choose_attention(network, self.config.attention_mechanism)
+        choose_attention(network, self.config.attention_mechanism, self.device)  # said of the base already
         return network
+
+    def _attention(self, base: nn.Module) -> list[str]:
+        notice = choose_attention(base, self.config.attention_mechanism, self.device)
+        return [notice] if notice else []
+
+    def _swap_lines(self, base: nn.Module) -> list[str]:
+        swap = BlockSwap.of(base)
+        if swap is None:
+            return []
+        blocks = ", ".join(map(str, swap.indices))
+        return [f"blocks_to_swap: blocks {blocks} live on the host ({swap.bytes / 1e9:.2f} GB) and visit the device"]
+
+    def _compile(self, roles: Roles) -> list[str]:
+        if not self.config.compile:
+            return []
+        if reason := why_not_compiled(self.device):
+            return [f"compile cannot run here ({reason}); the blocks run as they are"]
+        for network in roles.transformers():
+            compile_blocks(network)
+        return ["compile: each block compiles at its first call in each role and size"]
 
     @cached_property
     def teacher_lora(self) -> tuple[AdapterFile, float] | None:

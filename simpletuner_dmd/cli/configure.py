@@ -122,7 +122,8 @@ def _write(draft: Draft, session: Session) -> int:
     for line in lines:
         print(f"  {line}")
     print()
-    report(with_demo_paths(load(config=str(draft.path))), differences=False)
+    card = f"{session.card:g}" if session.card else None
+    report(with_demo_paths(load(config=str(draft.path))), card, differences=False)
     print(f"\nTrain: simpletuner train{_chosen_by(draft.path)}")
     return 0
 

@@ -205,11 +205,11 @@ def even(window: SigmaWindow) -> Tensor:
 
 def one_frame(config: TrainConfig) -> tuple[int, int, int, int]:
     """A latent of the flavour's own size; only its height and width count, where the shift follows the size."""
-    from simpletuner_dmd.config.coerce import frame_size
-    from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE, native_size
+    from simpletuner_dmd.config.flavours import flavour_of
 
-    width, height = frame_size(native_size(config.model_flavour))
-    cell = SIZE_MULTIPLE.get(config.model_flavour, DEFAULT_MULTIPLE) // 2  # a token is 2 x 2 cells
+    flavour = flavour_of(config.model_flavour)
+    width, height = flavour.native_size
+    cell = flavour.size_multiple // 2  # a token is 2 x 2 cells
     return (1, 1, height // cell, width // cell)
 
 

@@ -234,11 +234,11 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[lis
     from simpletuner_dmd.data.text_store import text_key
     from simpletuner_dmd.flow import TextEmbedding
     from simpletuner_dmd.validation.sampling import reference_noise
+    from simpletuner_dmd.wan.attention import choose_attention
     from simpletuner_dmd.wan.denoiser import WanDenoiser
-    from simpletuner_dmd.wan.loading import choose_attention
 
-    network = assembly.base_transformer().eval()
-    choose_attention(network, assembly.config.attention_mechanism)
+    network = assembly.base_transformer(swapped=True).eval()
+    choose_attention(network, assembly.config.attention_mechanism, assembly.device)
     teacher = WanDenoiser(network, None, None)
     first: PromptSample = scan.usable[0]  # type: ignore[assignment]
     shape = assembly.geometry.latent_shape(first.width, first.height, first.frames)

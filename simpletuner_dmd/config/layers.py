@@ -32,6 +32,7 @@ ALIASES = {
     "save_total_limit": "checkpoints_total_limit",
     "pretrained_transformer_name_or_path": "pretrained_transformer_model_name_or_path",
     "ema_warmup_steps": "ema_start_step",
+    "musubi_blocks_to_swap": "blocks_to_swap",
     "ignore_final_epochs": "strict_epoch_limit",
 }
 INVERTED = {"ignore_final_epochs"}

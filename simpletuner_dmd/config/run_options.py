@@ -8,40 +8,26 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import Options, frame_sizes, words
+from simpletuner_dmd.config.flavours import DEFAULT_FLAVOUR, ModelFlavour, flavour_of
 
 DEMO = "demo"
 """As `pretrained_model_name_or_path` or `instance_data_dir`: the tiny Wan, or the videos, that the package has."""
 
-ModelFlavour = Literal[
-    "t2v-480p-1.3b-2.1", "t2v-480p-14b-2.1", "t2v-14b-2.2-high", "t2v-14b-2.2-low", "ti2v-5b-2.2"
-]  # fmt: skip
-
-HUB_IDS: dict[str, str] = {
-    "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "t2v-14b-2.2-high": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-}
 DistillationMethod = Literal[
     "dmd", "lcm", "pcm", "dcm", "rcm", "self_forcing", "diffusion_forcing", "ode_init"
 ]  # fmt: skip
 
-NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
-SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
-"""Widths and heights are multiples of this many pixels: what the VAE and the patches reduce to one token."""
-DEFAULT_MULTIPLE = 16
-DEFAULT_SIZE = "832x480"
 DEFAULT_FRAMES = 81
 
 
 def native_size(flavour: str) -> str:
     """The size a flavour was trained for, "WIDTHxHEIGHT"."""
-    return NATIVE_SIZE.get(flavour, DEFAULT_SIZE)
+    width, height = flavour_of(flavour).native_size
+    return f"{width}x{height}"
 
 
 def _hub_id(data: dict[str, Any]) -> str:
-    return HUB_IDS[data["model_flavour"]]
+    return flavour_of(data.get("model_flavour", "")).hub_id
 
 
 class ModelOptions(Options):
@@ -54,9 +40,10 @@ class ModelOptions(Options):
     )
     model_family: Literal["wan"] = Field("wan", description="The model family. This tool knows Wan and nothing else.")
     model_flavour: ModelFlavour = Field(
-        "t2v-480p-1.3b-2.1",
-        description="Which Wan: sets the default base model and the native video size. The 2.2 14B models are two "
-        "experts, `high` for the noisy half of the schedule and `low` for the clean half; one run trains one of them.",
+        DEFAULT_FLAVOUR,
+        description="Which Wan: sets the default base model, the native video size and what a model's own config must "
+        "say. The 2.2 14B models are two experts, `high` for the noisy part of the schedule and `low` for the clean "
+        "part; one run trains one of them. An `i2v` model is a host for text-to-video adapters.",
     )
     model_type: Literal["lora", "full"] = Field(
         "lora",

@@ -6,14 +6,15 @@ from typing import Any
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
+from simpletuner_dmd.config.memory_options import MemoryOptions
 from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
+from simpletuner_dmd.config.optimizer_options import OptimizerOptions
 from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
 from simpletuner_dmd.config.training_options import (
     EmaOptions,
     FlowOptions,
     LengthOptions,
     LoraOptions,
-    OptimizerOptions,
     PrecisionOptions,
 )
 from simpletuner_dmd.config.tread import TreadConfig
@@ -34,6 +35,7 @@ class TrainConfig(
     FlowOptions,
     EmaOptions,
     LoraOptions,
+    MemoryOptions,
     PrecisionOptions,
     OptimizerOptions,
     LengthOptions,

@@ -18,16 +18,6 @@ from simpletuner_dmd.config.schema import TrainConfig
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Names that users know -> names of diffusers' attention dispatcher. None: PyTorch's own, the default.
-ATTENTION_BACKENDS = {
-    "diffusers": None,
-    "native": None,
-    "flash-attn-2": "flash",
-    "flash-attn-3": "_flash_3",
-    "flex": "flex",
-    "xformers": "xformers",
-}
-
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -171,24 +161,3 @@ def load_pipeline(source: ModelSource, transformer: nn.Module) -> Any:
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def choose_attention(transformer: nn.Module, mechanism: str) -> str | None:
-    """Sets the attention kernel; where it cannot run here, keeps PyTorch's own and returns a line that says so."""
-    if mechanism.startswith("sage"):
-        return (
-            f"attention_mechanism {mechanism}: SageAttention has no backward pass and teacher, student and critic "
-            "share their layers here, so PyTorch's attention is used"
-        )
-    backend = ATTENTION_BACKENDS[mechanism]
-    if backend is None:
-        return None
-    network: Any = transformer  # a stock WanTransformer3DModel
-    try:
-        network.set_attention_backend(backend)
-    except (ImportError, RuntimeError, ValueError) as error:
-        return (
-            f"attention_mechanism {mechanism} cannot run here ({str(error).splitlines()[0]}); "
-            "PyTorch's attention is used"
-        )
-    return None

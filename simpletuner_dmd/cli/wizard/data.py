@@ -12,9 +12,10 @@ from simpletuner_dmd.cli.wizard.draft import Draft
 from simpletuner_dmd.config.databackend import BUILTIN, DatasetEntry
 from simpletuner_dmd.config.datasets import complete, needs_videos, read_entries
 from simpletuner_dmd.config.errors import Problem, UserError
+from simpletuner_dmd.config.flavours import flavour_of
 from simpletuner_dmd.config.load import LoadedConfig, resolve_path
 from simpletuner_dmd.config.prompts import BUILT_IN
-from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, DEMO, SIZE_MULTIPLE
+from simpletuner_dmd.config.run_options import DEMO
 from simpletuner_dmd.config.schema import TrainConfig, frames_4n1
 
 VIDEOS = {".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".gif"}
@@ -140,7 +141,7 @@ def shape_problem(draft: Draft, text: str) -> str:
     if not match:
         return "write WIDTHxHEIGHTxFRAMES, for example 832x480x81"
     width, height, frames = map(int, match.groups())
-    multiple = SIZE_MULTIPLE.get(draft.options.model_flavour, DEFAULT_MULTIPLE)
+    multiple = flavour_of(draft.options.model_flavour).size_multiple
     if width % multiple or height % multiple or not (width and height):
         near = "x".join(str(max(1, round(side / multiple)) * multiple) for side in (width, height))
         return f"this model's sizes are multiples of {multiple}: {near}x{frames}"

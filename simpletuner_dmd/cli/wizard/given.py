@@ -6,9 +6,10 @@ from simpletuner_dmd.cli.wizard import data, gpu
 from simpletuner_dmd.cli.wizard.draft import Draft, typed
 from simpletuner_dmd.cli.wizard.short import Session, about_recipe
 from simpletuner_dmd.config.errors import Problem, UserError
+from simpletuner_dmd.config.flavours import DEFAULT_FLAVOUR, FLAVOURS
 from simpletuner_dmd.config.layers import COMMAND_LINE, command_line_layer
 from simpletuner_dmd.config.recipes import KIND
-from simpletuner_dmd.config.run_options import DEMO, HUB_IDS
+from simpletuner_dmd.config.run_options import DEMO
 
 WORDS = ("instance_data_dir", "prompts", "size", "gpu")
 """What is no option of config.json: the data, its shape, and the card that chooses the recipe."""
@@ -56,7 +57,7 @@ def _split(tokens: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _choose_recipe(draft: Draft, values: dict[str, object], session: Session) -> None:
     model = str(values.get("pretrained_model_name_or_path", ""))
-    by_name = next((flavour for flavour, name in HUB_IDS.items() if name == model), "t2v-480p-1.3b-2.1")
+    by_name = next((one.name for one in FLAVOURS.values() if one.hub_id == model), DEFAULT_FLAVOUR)
     flavour = str(values.get("model_flavour", by_name))
     method = values.get("distillation_method", "dmd")
     name = None if method is None or str(method).lower() in ("none", "null", "") else str(method)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from simpletuner_dmd.cli.wizard import advanced, ask
+from simpletuner_dmd.cli.wizard.cost import cost_of, make_fit
 from simpletuner_dmd.cli.wizard.data import reset_shape
 from simpletuner_dmd.cli.wizard.draft import Draft
 from simpletuner_dmd.cli.wizard.short import FIRST, QUESTIONS, Session, answers
 from simpletuner_dmd.config.mistakes import shown
 
-WRITE, CHANGE, EVERY, LEAVE = "write", "change", "every", "leave"
+WRITE, CHANGE, EVERY, LEAVE, FIT = "write", "change", "every", "leave", "fit"
 MOST = 6
 
 
@@ -16,17 +17,24 @@ def review(draft: Draft, session: Session) -> bool:
     """Shows the draft until the person writes it (True) or leaves it (False)."""
     while True:
         _show(draft)
+        cost = cost_of(draft, session)
+        for line in cost.lines:
+            ask.say(line, "  ")
+        fit = [(f"Make it fit: {', '.join(map(str, cost.changes))}", FIT)] if cost.changes else []
         choices = [
+            *fit,
             ("Write the files and check them", WRITE),
             ("Change an answer", CHANGE),
             ("Advanced: every option, by section", EVERY),
             ("Leave without writing", LEAVE),
         ]
-        chosen = ask.select("And now?", "", choices, WRITE)
+        chosen = ask.select("And now?", "", choices, FIT if fit else WRITE)
         if chosen in (WRITE, LEAVE):
             return bool(chosen == WRITE)
         if chosen == EVERY:
             advanced.browse(draft)
+        elif chosen == FIT:
+            make_fit(draft, session, cost.changes)
         else:
             _change(draft, session)
 
