@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from simpletuner_dmd.cli import check
 from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.cli.wizard import data, gpu, save
 from simpletuner_dmd.cli.wizard.draft import Draft
@@ -22,6 +23,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with three prompts and a clip, and no GPU."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "find", lambda: None)
+    monkeypatch.setattr(check, "_print_plan", lambda *_: [])  # tests/cli/test_wizard.py plans
     (tmp_path / "prompts.txt").write_text("a cat runs\na dog sleeps\nrain on a roof\n")
     write_moving_square(tmp_path / "videos" / "clip.mp4", (64, 64))
     (tmp_path / "videos" / "clip.txt").write_text("a square moves\n")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from simpletuner_dmd.cli import check
 from simpletuner_dmd.cli.convert import convert
 from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.cli.wizard import gpu
@@ -84,7 +85,7 @@ SIMPLETUNER = {
     "distillation_config": {"dmd_denoising_steps": "1000,757,522", "real_score_guidance_scale": 3.0, "shift": 5.0},
     "checkpointing_steps": "100",
     "ignore_final_epochs": "true",
-    "optimizer": "bnb-lion8bit",
+    "optimizer": "deepspeed-adamw",
     "snr_gamma": 5,
     "data_backend_config": "config/data.json",
     "whatever": 1,
@@ -106,6 +107,7 @@ D = "distillation_config."
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gpu, "find", lambda: None)
+    monkeypatch.setattr(check, "_print_plan", lambda *_: [])
     (tmp_path / "prompts.txt").write_text("a cat runs\n")
     return tmp_path
 
@@ -230,6 +232,7 @@ def test_the_verb_writes_what_was_converted(capsys: pytest.CaptureFixture[str]) 
     assert main(["configure", "--from", "theirs.yaml", "--non-interactive", "max_train_steps=50"]) == 0
     shown = capsys.readouterr().out
     assert "Changed:" in shown and "Left out:" in shown and "Ready to train." in shown
+    assert "Left out:" in Path("config/converted.txt").read_text()
     config = json.loads(Path("config/config.json").read_text())
     assert config["max_train_steps"] == 50 and "recipe" not in config
     assert json.loads(Path("config/multidatabackend.json").read_text())[0]["instance_data_dir"] == "prompts.txt"

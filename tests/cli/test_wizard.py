@@ -14,9 +14,13 @@ from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
-from simpletuner_dmd.cli import configure
+from simpletuner_dmd.cli import check, configure
 from simpletuner_dmd.cli.main import main
-from simpletuner_dmd.cli.wizard import gpu
+from simpletuner_dmd.cli.wizard import gpu, review
+from simpletuner_dmd.cli.wizard.cost import Cost, cost_of
+from simpletuner_dmd.cli.wizard.draft import Draft
+from simpletuner_dmd.cli.wizard.short import Session
+from simpletuner_dmd.wan.plan import Change
 
 ROOT = Path(__file__).parents[2]
 ENTER, DOWN, UP, SPACE, CTRL_C, CTRL_U = "\r", "\x1b[B", "\x1b[A", " ", "\x03", "\x15"
@@ -33,8 +37,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Types before the questions come; the answers are read one after the other."""
+    """Types before the questions come; answers are read one after the other. Nothing is planned, which takes time."""
     monkeypatch.setattr(configure, "is_terminal", lambda: True)
+    monkeypatch.setattr(review, "cost_of", lambda draft, session: Cost())
+    monkeypatch.setattr(check, "_print_plan", lambda *_: [])
     monkeypatch.setattr(gpu, "find", lambda: gpu.Gpu("NVIDIA Test", 24.0))
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
         yield pipe.send_text
@@ -85,15 +91,9 @@ def test_every_question_is_heard(keyboard: Any) -> None:
 
 
 def test_the_advanced_door_changes_one_option_by_the_schema(keyboard: Any) -> None:
-    wrong, right = CTRL_U + "many" + ENTER, CTRL_U + "7" + ENTER
-    keyboard(
-        ENTER * 10
-        + DOWN * 2 + ENTER  # advanced
-        + DOWN * 5 + ENTER  # lora
-        + DOWN * 2 + ENTER + wrong + right + UP * 2 + ENTER  # lora_rank; "many" is not taken
-        + UP * 5 + ENTER  # back to the review
-        + ENTER
-    )  # fmt: skip
+    wrong, right, back = CTRL_U + "many" + ENTER, CTRL_U + "7" + ENTER, "(back" + ENTER
+    advanced = DOWN * 2 + ENTER
+    keyboard(ENTER * 10 + advanced + "s adapter" + ENTER + "lora_rank" + ENTER + wrong + right + back + back + ENTER)
     assert main(["configure"]) == 0
     assert read("config/config.json")["lora_rank"] == 7
 
@@ -118,6 +118,34 @@ def test_another_kind_takes_another_recipe(keyboard: Any) -> None:
     assert read("config/config.json")["recipe"] == "wan-1.3b-dmd-full"
 
 
+def test_the_smallest_change_that_fits_is_offered(keyboard: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offered first until it is taken; then the plan fits and writing is first."""
+    changes = (Change("base_model_precision", "int8-quanto", 1), Change("num_frames", 49, 1))
+
+    def cost(draft: Draft, session: Session) -> Cost:
+        return Cost() if draft.options.base_model_precision == "int8-quanto" else Cost(("too large",), changes)
+
+    monkeypatch.setattr(review, "cost_of", cost)
+    keyboard(ENTER * 12)
+    assert main(["configure"]) == 0
+    config = read("config/config.json")
+    assert (config["base_model_precision"], config["validation_num_video_frames"]) == ("int8-quanto", 49)
+    assert read("config/multidatabackend.json")[0]["video"] == {"num_frames": 49}
+
+
+def test_the_plan_is_of_the_card_that_was_named() -> None:
+    from simpletuner_dmd.cli.wizard import data
+
+    draft = Draft(Path("config.json"))
+    draft.take_kind("t2v-480p-1.3b-2.1", "lcm", "lora", False, 24)
+    draft.datasets = [{"id": "x", "dataset_type": "video", "instance_data_dir": "videos"}]
+    data.set_shape(draft, "832x480", 81)
+    roomy, tight = (cost_of(draft, Session(card=card)) for card in (80.0, 4.0))
+    assert not roomy.changes and any(line.startswith("Memory: ") for line in roomy.lines)
+    assert any(line.startswith("Time: ") for line in roomy.lines)
+    assert any("will not fit" in line for line in tight.lines)
+
+
 class Terminal:
     """`simpletuner configure` on a terminal of 80 x 24, and what is on its screen."""
 
@@ -135,7 +163,11 @@ class Terminal:
     def until(self, text: str) -> str:
         """Waits until the screen has a text."""
         while text not in self.shown:
-            self.raw += (read := self.child.read_nonblocking(4096, timeout=120))
+            try:
+                read = self.child.read_nonblocking(4096, timeout=120)
+            except pexpect.EOF:
+                pytest.fail(f"it ended before {text!r}:\n{self.shown}")
+            self.raw += read
             self.stream.feed(read)
         return self.shown
 
