@@ -87,8 +87,12 @@ class Blueprint(Assembly):
     """The run in a network of `depth` blocks, on the meta device."""
 
     def __init__(self, loaded: LoadedConfig, depth: int) -> None:
-        # TREAD only lowers what is planned, and every attention kernel that trains holds the same.
-        plain = {"attention_mechanism": "native", "tread_config": None, "teacher_lora": None}
+        # TREAD only lowers what is planned, every attention kernel that trains holds the same, and what leaves the
+        # device is added up in `cli.planning`.
+        plain = {
+            "attention_mechanism": "native", "tread_config": None, "teacher_lora": None, "compile": False,
+            "blocks_to_swap": 0, "gradient_checkpointing_backend": "torch", "enable_group_offload": False,
+        }  # fmt: skip
         config = loaded.config.model_copy(update=plain)
         super().__init__(replace(loaded, config=_shallow(config, depth)), blueprint.META)
         self.depth = depth
@@ -101,7 +105,7 @@ class Blueprint(Assembly):
     def routes(self) -> tuple[Route, ...]:
         return ()
 
-    def base_transformer(self, *, quantised: bool = True) -> nn.Module:
+    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
         precision = self.config.base_model_precision if quantised else "no_change"
         return blueprint.transformer(self.network, self.depth, self.dtype, precision)
 
@@ -190,11 +194,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Training:
-    """The training step of the run: what stays, what comes and goes, and a student's forward while sampling."""
+    """The training step of the run: what stays, what comes and goes, and a student's forward while sampling.
+
+    block_input: bytes of the tokens that enter one block.
+    """
 
     held: Held
     kinds: tuple[Kind, ...]
     sampling: Observation
+    block_input: int
 
     @property
     def peak(self) -> int:
@@ -257,8 +265,11 @@ def _observed(question: _Question) -> Training:
         else:
             kinds.append(replace(kind, observed=kind.observed.at_depth(depth)))
     return Training(
-        first.held.deeper(second.held, depth), tuple(kinds), first.sampling.deeper(second.sampling, depth)
-    )  # fmt: skip
+        first.held.deeper(second.held, depth),
+        tuple(kinds),
+        first.sampling.deeper(second.sampling, depth),
+        first.block_input,
+    )
 
 
 def _depths(loaded: LoadedConfig, depth: int) -> tuple[int, int]:
@@ -266,7 +277,7 @@ def _depths(loaded: LoadedConfig, depth: int) -> tuple[int, int]:
     settings = loaded.config.distillation_config
     reads_features = settings is not None and (settings.has_discriminator or getattr(settings, "gan_weight", 0.0))
     # The default taps of a discriminator are three from 5 blocks on.
-    every = 5 if reads_features else max(2, 2 * getattr(loaded.config, "gradient_checkpointing_interval", 1))
+    every = 5 if reads_features else max(2, 2 * loaded.config.gradient_checkpointing_interval)
     step = max(1, every // 2)
     return (every, every + step) if every + step < depth else (depth, depth)
 
@@ -302,7 +313,13 @@ def _look(loaded: LoadedConfig, depth: int, question: _Question, only: tuple[str
     shadow = Shadow(roles.transformers(), existing)
     with shadow.watching(), torch.no_grad(), roles.evaluating():
         _sample(plan, roles, question.sampled)
-    return Training(held, tuple(found), shadow.seen)
+    return Training(held, tuple(found), shadow.seen, _block_input(plan, roles, question.shape))
+
+
+def _block_input(plan: Blueprint, roles: Roles, shape: LatentShape) -> int:
+    frames, height, width = roles.student.token_grid(shape)
+    tokens = plan.config.train_batch_size * frames * height * width
+    return tokens * roles.student.width * plan.dtype.itemsize
 
 
 def _kinds(method: Method, steps: int) -> Iterator[tuple[tuple[str, ...], int, float]]:
