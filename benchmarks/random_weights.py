@@ -62,7 +62,7 @@ class RandomAssembly(Assembly):
         self._config = dict(network)
 
     @property
-    def network(self) -> dict[str, Any]:  # type: ignore[override]
+    def network(self) -> dict[str, Any]:
         return self._config
 
     def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:

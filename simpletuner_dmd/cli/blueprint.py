@@ -6,14 +6,13 @@ production code.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.moving import student_average
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.config.flavours import Part, flavour_of
+from simpletuner_dmd.distill.blocks import CausalDenoiser, sample_blocks
 from simpletuner_dmd.distill.method import Method
-from simpletuner_dmd.flow import Batch, TextEmbedding
+from simpletuner_dmd.flow import Batch, Schedule, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.training.ema import AveragedDenoiser
 from simpletuner_dmd.wan import blueprint
@@ -98,7 +98,7 @@ class Blueprint(Assembly):
         self.depth = depth
 
     @property
-    def network(self) -> dict[str, Any]:  # type: ignore[override]
+    def network(self) -> dict[str, Any]:
         return {**known_config(self.loaded, "transformer"), "num_layers": self.depth}
 
     @property
@@ -275,7 +275,7 @@ def _observed(question: _Question) -> Training:
 def _depths(loaded: LoadedConfig, depth: int) -> tuple[int, int]:
     """Two depths that show how the cost grows with it; the depth itself where it is small."""
     settings = loaded.config.distillation_config
-    reads_features = settings is not None and (settings.has_discriminator or getattr(settings, "gan_weight", 0.0))
+    reads_features = settings is not None and (settings.has_discriminator or getattr(settings, "gan_weight", 0.0) > 0)
     # The default taps of a discriminator are three from 5 blocks on.
     every = 5 if reads_features else max(2, 2 * loaded.config.gradient_checkpointing_interval)
     step = max(1, every // 2)
@@ -369,11 +369,7 @@ def _sample(plan: Blueprint, roles: Roles, shape: LatentShape) -> None:
     if plan.block_sampling is None:
         roles.student.velocity(x_t, torch.full((1,), 0.7, device=blueprint.META), text)
         return
-    from simpletuner_dmd.distill.blocks import sample_blocks
-    from simpletuner_dmd.flow import Schedule
-
-    blocks = plan.block_sampling
-    sample_blocks(
-        copy.copy(roles.student), x_t, text, Schedule(1.0, (1.0,)), "ode", lambda block, rung, like: like,
-        blocks.plan(shape[1]), blocks.context_noise,
-    )  # type: ignore[arg-type]  # fmt: skip
+    blocks, student = plan.block_sampling, cast(CausalDenoiser, roles.student)
+    once = Schedule(1.0, (1.0,))
+    sample_blocks(student, x_t, text, once, "ode", lambda block, rung, like: like, blocks.plan(shape[1]),
+                  blocks.context_noise)  # fmt: skip

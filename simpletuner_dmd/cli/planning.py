@@ -33,6 +33,8 @@ TRAINING = "training"
 
 # What a process takes of a GPU before the first tensor: the driver's context, and the workspaces of matrix products.
 CUDA_CONTEXT = 600_000_000
+# What the CPU's kernels set aside at their first large product, measured by benchmarks/memory.py.
+CPU_WORKSPACE = 75_000_000
 ON_DEVICE = 2
 """Blocks whose weights, or inputs, are on the device where they live on the host: the one at work and the next."""
 
@@ -42,8 +44,8 @@ OPTIMIZER_BYTES = {
     "bnb-adamw-paged": 8.0, "bnb-adamw8bit-paged": 2.0, "bnb-lion": 4.0, "bnb-lion8bit": 1.0, "bnb-lion-paged": 4.0,
     "bnb-lion8bit-paged": 1.0, "ao-adamw8bit": 2.0, "ao-adamw4bit": 1.0, "prodigy": 16.0, "adafactor": 0.1,
 }  # fmt: skip
-"""State per trained number, which is fp32, as documentation/MEMORY.md has it. tests/cli/test_planning.py weighs those that
-run anywhere."""
+"""State per trained number, which is fp32, as documentation/MEMORY.md has it; tests/cli/test_planning.py weighs those
+that run anywhere."""
 
 SMALLEST_RANK, FEWEST_FRAMES = 8, 17
 
@@ -203,7 +205,7 @@ class _Parts:
         self.loaded, self.sizes, self.config = loaded, sizes, loaded.config
 
     def _of(self, part: Any, dtype: torch.dtype, precision: str, *work: Any) -> tuple[int, int]:
-            text = json.dumps(known_config(self.loaded, part), sort_keys=True)
+        text = json.dumps(known_config(self.loaded, part), sort_keys=True)
         return _part_sizes(part, text, dtype, precision, work)
 
     @property
@@ -260,6 +262,8 @@ def _components(loaded: LoadedConfig, training: Training, parts: _Parts, machine
         yield Component("run", "VAE, after the first validation", parts.decoding()[0])
     if machine.device == "cuda":
         yield Component("run", "CUDA context and workspaces", CUDA_CONTEXT)
+    if machine.device == "cpu":
+        yield Component("run", "workspaces of the CPU's kernels", 0, CPU_WORKSPACE)
     yield Component("run", "Python and its libraries", 0, host_now())
 
 
