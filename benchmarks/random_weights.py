@@ -25,6 +25,7 @@ from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import Trainer, TrainerSettings
 from simpletuner_dmd.wan import blueprint
 from simpletuner_dmd.wan.quantisation import quantise
+from simpletuner_dmd.wan.swap import BlockSwap
 
 DMD = {"generator_update_interval": 5, "student_steps": 3, "real_score_guidance_scale": 3.5}
 
@@ -61,12 +62,15 @@ class RandomAssembly(Assembly):
         self._config = dict(network)
 
     @property
-    def network(self) -> dict[str, Any]:  # type: ignore[override]
+    def network(self) -> dict[str, Any]:
         return self._config
 
-    def base_transformer(self, *, quantised: bool = True) -> nn.Module:
+    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
         precision = self.config.base_model_precision if quantised else "no_change"
-        return random_transformer(self._config, self.dtype, precision, self.device)
+        network = random_transformer(self._config, self.dtype, precision, self.device)
+        if swapped and self.config.blocks_to_swap:
+            BlockSwap(network, self.config.blocks_to_swap, self.device)
+        return network
 
     def _full_network(self) -> nn.Module:
         return random_transformer(self._config, torch.float32, "no_change", self.device)

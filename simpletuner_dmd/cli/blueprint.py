@@ -6,14 +6,13 @@ production code.
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +21,9 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.moving import student_average
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.config.flavours import Part, flavour_of
+from simpletuner_dmd.distill.blocks import CausalDenoiser, sample_blocks
 from simpletuner_dmd.distill.method import Method
-from simpletuner_dmd.flow import Batch, TextEmbedding
+from simpletuner_dmd.flow import Batch, Schedule, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.training.ema import AveragedDenoiser
 from simpletuner_dmd.wan import blueprint
@@ -87,21 +87,25 @@ class Blueprint(Assembly):
     """The run in a network of `depth` blocks, on the meta device."""
 
     def __init__(self, loaded: LoadedConfig, depth: int) -> None:
-        # TREAD only lowers what is planned, and every attention kernel that trains holds the same.
-        plain = {"attention_mechanism": "native", "tread_config": None, "teacher_lora": None}
+        # TREAD only lowers what is planned, every attention kernel that trains holds the same, and what leaves the
+        # device is added up in `cli.planning`.
+        plain = {
+            "attention_mechanism": "native", "tread_config": None, "teacher_lora": None, "compile": False,
+            "blocks_to_swap": 0, "gradient_checkpointing_backend": "torch", "enable_group_offload": False,
+        }  # fmt: skip
         config = loaded.config.model_copy(update=plain)
         super().__init__(replace(loaded, config=_shallow(config, depth)), blueprint.META)
         self.depth = depth
 
     @property
-    def network(self) -> dict[str, Any]:  # type: ignore[override]
+    def network(self) -> dict[str, Any]:
         return {**known_config(self.loaded, "transformer"), "num_layers": self.depth}
 
     @property
     def routes(self) -> tuple[Route, ...]:
         return ()
 
-    def base_transformer(self, *, quantised: bool = True) -> nn.Module:
+    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
         precision = self.config.base_model_precision if quantised else "no_change"
         return blueprint.transformer(self.network, self.depth, self.dtype, precision)
 
@@ -190,11 +194,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Training:
-    """The training step of the run: what stays, what comes and goes, and a student's forward while sampling."""
+    """The training step of the run: what stays, what comes and goes, and a student's forward while sampling.
+
+    block_input: bytes of the tokens that enter one block.
+    """
 
     held: Held
     kinds: tuple[Kind, ...]
     sampling: Observation
+    block_input: int
 
     @property
     def peak(self) -> int:
@@ -257,16 +265,19 @@ def _observed(question: _Question) -> Training:
         else:
             kinds.append(replace(kind, observed=kind.observed.at_depth(depth)))
     return Training(
-        first.held.deeper(second.held, depth), tuple(kinds), first.sampling.deeper(second.sampling, depth)
-    )  # fmt: skip
+        first.held.deeper(second.held, depth),
+        tuple(kinds),
+        first.sampling.deeper(second.sampling, depth),
+        first.block_input,
+    )
 
 
 def _depths(loaded: LoadedConfig, depth: int) -> tuple[int, int]:
     """Two depths that show how the cost grows with it; the depth itself where it is small."""
     settings = loaded.config.distillation_config
-    reads_features = settings is not None and (settings.has_discriminator or getattr(settings, "gan_weight", 0.0))
+    reads_features = settings is not None and (settings.has_discriminator or getattr(settings, "gan_weight", 0.0) > 0)
     # The default taps of a discriminator are three from 5 blocks on.
-    every = 5 if reads_features else max(2, 2 * getattr(loaded.config, "gradient_checkpointing_interval", 1))
+    every = 5 if reads_features else max(2, 2 * loaded.config.gradient_checkpointing_interval)
     step = max(1, every // 2)
     return (every, every + step) if every + step < depth else (depth, depth)
 
@@ -302,7 +313,13 @@ def _look(loaded: LoadedConfig, depth: int, question: _Question, only: tuple[str
     shadow = Shadow(roles.transformers(), existing)
     with shadow.watching(), torch.no_grad(), roles.evaluating():
         _sample(plan, roles, question.sampled)
-    return Training(held, tuple(found), shadow.seen)
+    return Training(held, tuple(found), shadow.seen, _block_input(plan, roles, question.shape))
+
+
+def _block_input(plan: Blueprint, roles: Roles, shape: LatentShape) -> int:
+    frames, height, width = roles.student.token_grid(shape)
+    tokens = plan.config.train_batch_size * frames * height * width
+    return tokens * roles.student.width * plan.dtype.itemsize
 
 
 def _kinds(method: Method, steps: int) -> Iterator[tuple[tuple[str, ...], int, float]]:
@@ -352,11 +369,7 @@ def _sample(plan: Blueprint, roles: Roles, shape: LatentShape) -> None:
     if plan.block_sampling is None:
         roles.student.velocity(x_t, torch.full((1,), 0.7, device=blueprint.META), text)
         return
-    from simpletuner_dmd.distill.blocks import sample_blocks
-    from simpletuner_dmd.flow import Schedule
-
-    blocks = plan.block_sampling
-    sample_blocks(
-        copy.copy(roles.student), x_t, text, Schedule(1.0, (1.0,)), "ode", lambda block, rung, like: like,
-        blocks.plan(shape[1]), blocks.context_noise,
-    )  # type: ignore[arg-type]  # fmt: skip
+    blocks, student = plan.block_sampling, cast(CausalDenoiser, roles.student)
+    once = Schedule(1.0, (1.0,))
+    sample_blocks(student, x_t, text, once, "ode", lambda block, rung, like: like, blocks.plan(shape[1]),
+                  blocks.context_noise)  # fmt: skip

@@ -7,6 +7,7 @@ addition. Weights are not needed: what is not on this machine is planned from th
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -16,8 +17,10 @@ import torch
 
 from simpletuner_dmd.cli.blueprint import LatentShape, Training, known_config, local_config, observe
 from simpletuner_dmd.cli.capacity import Machine, host_now
+from simpletuner_dmd.cli.check_data import needs_latents
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.config.flavours import flavour_of
+from simpletuner_dmd.config.memory_rules import offloads_teacher
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.wan import blueprint
 from simpletuner_dmd.wan.loading import DTYPES
@@ -30,12 +33,19 @@ TRAINING = "training"
 
 # What a process takes of a GPU before the first tensor: the driver's context, and the workspaces of matrix products.
 CUDA_CONTEXT = 600_000_000
+# What the CPU's kernels set aside at their first large product, measured by benchmarks/memory.py.
+CPU_WORKSPACE = 75_000_000
+ON_DEVICE = 2
+"""Blocks whose weights, or inputs, are on the device where they live on the host: the one at work and the next."""
 
 OPTIMIZER_BYTES = {
-    "adamw_bf16": 8.0, "torch-adamw": 8.0, "optimi-adamw": 8.0, "optimi-lion": 4.0, "optimi-stableadamw": 8.0,
-    "optimi-adan": 16.0, "optimi-ranger": 12.0,
+    "adamw_bf16": 8.0, "torch-adamw": 8.0, "torch-muon": 4.0, "optimi-adamw": 8.0, "optimi-lion": 4.0,
+    "optimi-stableadamw": 8.0, "optimi-adan": 16.0, "optimi-ranger": 12.0, "bnb-adamw": 8.0, "bnb-adamw8bit": 2.0,
+    "bnb-adamw-paged": 8.0, "bnb-adamw8bit-paged": 2.0, "bnb-lion": 4.0, "bnb-lion8bit": 1.0, "bnb-lion-paged": 4.0,
+    "bnb-lion8bit-paged": 1.0, "ao-adamw8bit": 2.0, "ao-adamw4bit": 1.0, "prodigy": 16.0, "adafactor": 0.1,
 }  # fmt: skip
-"""State per trained number, which is fp32. tests/cli/test_planning.py weighs each."""
+"""State per trained number, which is fp32, as documentation/MEMORY.md has it; tests/cli/test_planning.py weighs those
+that run anywhere."""
 
 SMALLEST_RANK, FEWEST_FRAMES = 8, 17
 
@@ -175,14 +185,14 @@ def _plan(loaded: LoadedConfig, machine: Machine, sizes: Sizes, caches: int, ste
 @cache
 def _part_sizes(part: str, text: str, dtype: torch.dtype, precision: str, work: tuple[Any, ...]) -> tuple[int, int]:
     """(bytes of the weights, most beyond them while it works) of an encoder; text: its config as JSON."""
-    import json
-
     config = json.loads(text)
     if part == "text_encoder":
         model: Any = blueprint.text_encoder(config, dtype, precision)
         tokens = torch.empty((1, work[0]), dtype=torch.long, device=blueprint.META)
         return blueprint.weights_of(model), blueprint.work_of(model, lambda: model(tokens, tokens)).peak
     model = blueprint.vae(config)
+    if precision == "tiling":
+        model.enable_tiling()
     if work[0] == "decode":
         return blueprint.weights_of(model), blueprint.decode_peak(model, work[1])
     return blueprint.weights_of(model), blueprint.encode_peak(model, work[1], work[2], work[3])
@@ -195,25 +205,32 @@ class _Parts:
         self.loaded, self.sizes, self.config = loaded, sizes, loaded.config
 
     def _of(self, part: Any, dtype: torch.dtype, precision: str, *work: Any) -> tuple[int, int]:
-        import json
-
         text = json.dumps(known_config(self.loaded, part), sort_keys=True)
         return _part_sizes(part, text, dtype, precision, work)
+
+    @property
+    def text_layers(self) -> int:
+        return int(known_config(self.loaded, "text_encoder").get("num_layers", 24))
 
     def text_encoder(self) -> tuple[int, int]:
         config = self.config
         dtype = DTYPES[config.mixed_precision]
         return self._of("text_encoder", dtype, config.text_encoder_1_precision, config.tokenizer_max_length)
 
+    @property
+    def _cut(self) -> str:
+        """How the VAE takes its input apart."""
+        return "tiling" if self.config.vae_enable_tiling else "no_change"
+
     def decoding(self) -> tuple[int, int]:
         assert self.sizes.sampled is not None
-        return self._of("vae", torch.float32, "no_change", "decode", self.sizes.sampled)
+        return self._of("vae", torch.float32, self._cut, "decode", self.sizes.sampled)
 
     def encoding(self) -> tuple[int, int]:
         geometry = self.sizes.geometry
         scale = (geometry.spatial, geometry.temporal)
         return self._of(
-            "vae", torch.float32, "no_change", "encode", self.sizes.trained, self.config.vae_batch_size, scale
+            "vae", torch.float32, self._cut, "encode", self.sizes.trained, self.config.vae_batch_size, scale
         )
 
 
@@ -228,7 +245,8 @@ def _state(loaded: LoadedConfig, training: Training, role: str | None = None) ->
 def _components(loaded: LoadedConfig, training: Training, parts: _Parts, machine: Machine) -> Iterable[Component]:
     """What the training step holds, and on which side."""
     config, held = loaded.config, training.held
-    yield Component("base", f"weights ({_precision(loaded)})", held.base)
+    away = _away(loaded, training)
+    yield Component("base", f"weights ({_precision(loaded)})", held.base - away.weights, away.weights_on_host)
     for role, weights in held.trained.items():
         yield Component(role, "weights", weights)
         yield Component(role, "optimizer state", _state(loaded, training, role))
@@ -238,42 +256,76 @@ def _components(loaded: LoadedConfig, training: Training, parts: _Parts, machine
     if config.num_processes > 1:  # one flat copy goes through the collective
         yield Component("run", "gradients on their way to the other processes", gradients)
     yield Component("run", "gradients", min(gradients, training.peak))
-    yield Component("run", "activations", max(0, training.peak - gradients))
-    if not config.validation_disable and parts.sizes.sampled is not None:
+    yield Component("run", "activations", max(0, training.peak - gradients - away.inputs), away.inputs)
+    stays = not (config.offload_during_startup or config.enable_group_offload)
+    if parts.sizes.sampled is not None and stays:
         yield Component("run", "VAE, after the first validation", parts.decoding()[0])
     if machine.device == "cuda":
         yield Component("run", "CUDA context and workspaces", CUDA_CONTEXT)
+    if machine.device == "cpu":
+        yield Component("run", "workspaces of the CPU's kernels", 0, CPU_WORKSPACE)
     yield Component("run", "Python and its libraries", 0, host_now())
+
+
+@dataclass(frozen=True)
+class _Away:
+    """What the options of memory keep on the host instead of the device, in bytes.
+
+    weights: of the base that the device is spared. weights_on_host: what they take there. inputs: of the recomputed
+    blocks, where they wait for the backward pass.
+    """
+
+    weights: int = 0
+    weights_on_host: int = 0
+    inputs: int = 0
+
+
+def _away(loaded: LoadedConfig, training: Training) -> _Away:
+    config, held = loaded.config, training.held
+    weights = on_host = inputs = 0
+    if offloads_teacher(config):  # a layer at a time, the next one on its way
+        weights, on_host = held.base - ON_DEVICE * held.block, held.base
+    elif config.blocks_to_swap:
+        weights = max(0, config.blocks_to_swap - ON_DEVICE) * held.block
+        on_host = config.blocks_to_swap * held.block
+    if config.gradient_checkpointing and config.gradient_checkpointing_backend == "offloaded":
+        recomputed = -(-held.depth // config.gradient_checkpointing_interval)
+        inputs = max(0, recomputed - ON_DEVICE) * training.block_input
+    return _Away(weights, on_host, inputs)
 
 
 def _phases(
     loaded: LoadedConfig, training: Training, parts: _Parts, components: Sequence[Component], machine: Machine
 ) -> Iterable[Phase]:
     """The stretches of the run in their order."""
-    held, libraries = training.held, components[-1].host
+    config, held, libraries = loaded.config, training.held, components[-1].host
     context = CUDA_CONTEXT if machine.device == "cuda" else 0
-    weights, work = parts.text_encoder()
     on_gpu = machine.device != "cpu"
-    yield Phase("encoding text", context + weights + work, libraries + (weights if on_gpu else 0))
-    from simpletuner_dmd.cli.check_data import needs_latents
 
+    def encoder(name: str, weights: int, work: int, layers: int) -> Phase:
+        here = ON_DEVICE * weights // layers if config.enable_group_offload and on_gpu else weights
+        return Phase(name, context + here + work, libraries + (weights if on_gpu else 0))
+
+    text_layers = 1 if config.text_encoder_1_precision != "no_change" else parts.text_layers
+    yield encoder("encoding text", *parts.text_encoder(), text_layers)
     if needs_latents(loaded):
-        weights, work = parts.encoding()
-        yield Phase("encoding videos", context + weights + work, libraries + (weights if on_gpu else 0))
-    whole = _unquantised(loaded, training)
-    yield Phase("loading", context + max(held.base, whole if loaded.config.quantize_via == "accelerator" else 0),
-                libraries + (whole if on_gpu else 0))  # fmt: skip
+        yield encoder("encoding videos", *parts.encoding(), 1)
+    whole, away = _unquantised(loaded, training), _away(loaded, training)
+    loading = max(held.base - away.weights, whole if config.quantize_via == "accelerator" and whole > held.base else 0)
+    yield Phase("loading", context + loading, libraries + (whole if on_gpu else 0))
     resting = sum(part.gpu for part in components if part.part not in ("gradients", "activations"))
+    elsewhere = sum(part.host for part in components)
     saved = sum(held.trained.values()) + _state(loaded, training) + held.average
-    yield Phase(TRAINING, resting + training.peak, libraries + (saved if on_gpu else 0))
+    yield Phase(TRAINING, resting + training.peak - away.inputs, elsewhere + (saved if on_gpu else 0))
     if parts.sizes.sampled is not None:
         weights, work = parts.decoding()
-        swapped = held.trained["student"] if held.average else 0
-        yield Phase("validation", resting + swapped + max(training.sampling.peak, work),
-                    libraries + (weights if on_gpu else 0))  # fmt: skip
-    second = held.base if loaded.config.model_type == "lora" else whole
+        resident = any(part.part.startswith("VAE") for part in components)
+        own = held.trained["student"] if held.average else 0  # put aside while the average is in the model
+        yield Phase("validation", resting + own + max(training.sampling.peak, work + (0 if resident else weights)),
+                    elsewhere + (weights if on_gpu else 0))  # fmt: skip
+    second = held.base if config.model_type == "lora" else whole
     yield Phase("loading the export back", resting + second + training.sampling.peak,
-                libraries + (whole if on_gpu else 0))  # fmt: skip
+                elsewhere + (whole if on_gpu else 0))  # fmt: skip
 
 
 def _unquantised(loaded: LoadedConfig, training: Training) -> int:
@@ -281,8 +333,14 @@ def _unquantised(loaded: LoadedConfig, training: Training) -> int:
     config = loaded.config
     if config.base_model_precision == "no_change":
         return training.held.base
-    network = known_config(loaded, "transformer")
-    dtype, depth = DTYPES[config.mixed_precision], int(network["num_layers"])
+    return _weights(json.dumps(known_config(loaded, "transformer"), sort_keys=True), DTYPES[config.mixed_precision])
+
+
+@cache
+def _weights(text: str, dtype: torch.dtype) -> int:
+    """Bytes of a transformer's weights; text: its config as JSON."""
+    network = json.loads(text)
+    depth = int(network["num_layers"])
     two, three = (blueprint.weights_of(blueprint.transformer(network, count, dtype)) for count in (2, 3))
     return two + (depth - 2) * (three - two)
 
@@ -344,9 +402,21 @@ def _changes(loaded: LoadedConfig, machine: Machine, sizes: Sizes, limit: int) -
         while (frames := frames - step) >= FEWEST_FRAMES:
             yield "num_frames", frames
 
+    def swapping() -> Iterable[tuple[str, Any]]:
+        depth = int(known_config(loaded, "transformer")["num_layers"])
+        if lora and config.gradient_checkpointing and not config.compile:
+            yield from (("blocks_to_swap", count) for count in range(max(3, config.blocks_to_swap + 1), depth + 1))
+
+    def offloading() -> list[tuple[str, Any]]:
+        return once("gradient_checkpointing_backend", "offloaded") if config.gradient_checkpointing else []
+
     kinds = [
         lambda: once("gradient_checkpointing", True),
-        lambda: once("text_encoder_1_precision", "int8-quanto"),
+        lambda: once("offload_during_startup", True),
+        lambda: once("enable_group_offload", True),
+        lambda: once("vae_enable_tiling", True) if sizes.sampled is not None else [],
+        swapping,
+        offloading,
         lambda: once("base_model_precision", "int8-quanto") if lora else [],
         halves,
         shorter,

@@ -261,7 +261,7 @@ def cast_products(network: nn.Module, dtype: torch.dtype) -> None:
             casting.__exit__(None, None, None)
             casting.rounded.clear()
 
-    blocks: Any = network.blocks  # type: ignore[assignment]
+    blocks: Any = network.blocks
     for module in (network, *blocks):
         module.register_forward_pre_hook(enter, prepend=True)
         module.register_forward_hook(leave, always_call=True)
