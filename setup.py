@@ -63,8 +63,16 @@ EXTRAS = {
     # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.
     "s3": [S3FS],
     # moto is a real S3 server on loopback, for the tests of such datasets; pexpect a real terminal, pyte its screen.
-    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3", "moto[server]>=5,<6", "pexpect>=4.9,<5",
-            "pyte>=0.8,<1", PYARROW, S3FS],  # fmt: skip
+    "dev": [
+        "pytest>=8.3,<10",
+        "ruff>=0.15,<0.18",
+        "mypy>=1.16,<3",
+        "moto[server]>=5,<6",
+        "pexpect>=4.9,<5",
+        "pyte>=0.8,<1",
+        PYARROW,
+        S3FS,
+    ],  # fmt: skip
 }
 
 
