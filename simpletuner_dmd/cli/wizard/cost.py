@@ -37,10 +37,12 @@ def cost_of(draft: Draft, session: Session) -> Cost:
     limit, where = machine.memory, "host memory" if plan.device == "cpu" else "GPU memory"
     lines = [f"Memory: {size(plan.peak)} of {size(limit)} of {where}"]
     lines += [line for line in plan.lines() if line.startswith(SHOWN)]
-    if verdict := plan.verdict(limit):
-        lines.append(verdict)
-    changes = plan.smallest_change(limit)
-    return Cost(("", *lines), tuple(changes) if changes and changes[-1].peak <= limit else ())
+    if plan.fits(limit):
+        return Cost(("", *lines))
+    changes = tuple(plan.smallest_change(limit))
+    small_enough = bool(changes) and changes[-1].peak <= limit
+    lines.append("This will not fit." if small_enough else "This will not fit, and no setting is known that is enough.")
+    return Cost(("", *lines), changes if small_enough else ())
 
 
 def make_fit(draft: Draft, session: Session, changes: Sequence[Change]) -> None:

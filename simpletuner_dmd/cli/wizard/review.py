@@ -17,6 +17,7 @@ def review(draft: Draft, session: Session) -> bool:
     """Shows the draft until the person writes it (True) or leaves it (False)."""
     while True:
         _show(draft)
+        ask.say("Planning ...", "  ")
         cost = cost_of(draft, session)
         for line in cost.lines:
             ask.say(line, "  ")
