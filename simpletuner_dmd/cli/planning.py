@@ -33,8 +33,6 @@ TRAINING = "training"
 
 # What a process takes of a GPU before the first tensor: the driver's context, and the workspaces of matrix products.
 CUDA_CONTEXT = 600_000_000
-# What the CPU's kernels set aside at their first large product, measured by benchmarks/memory.py.
-CPU_WORKSPACE = 75_000_000
 ON_DEVICE = 2
 """Blocks whose weights, or inputs, are on the device where they live on the host: the one at work and the next."""
 
@@ -262,8 +260,6 @@ def _components(loaded: LoadedConfig, training: Training, parts: _Parts, machine
         yield Component("run", "VAE, after the first validation", parts.decoding()[0])
     if machine.device == "cuda":
         yield Component("run", "CUDA context and workspaces", CUDA_CONTEXT)
-    if machine.device == "cpu":
-        yield Component("run", "workspaces of the CPU's kernels", 0, CPU_WORKSPACE)
     yield Component("run", "Python and its libraries", 0, host_now())
 
 
@@ -323,9 +319,9 @@ def _phases(
         own = held.trained["student"] if held.average else 0  # put aside while the average is in the model
         yield Phase("validation", resting + own + max(training.sampling.peak, work + (0 if resident else weights)),
                     elsewhere + (weights if on_gpu else 0))  # fmt: skip
-    second = held.base if config.model_type == "lora" else whole
-    yield Phase("loading the export back", resting + second + training.sampling.peak,
-                elsewhere + (whole if on_gpu else 0))  # fmt: skip
+    second = held.base if config.model_type == "lora" else whole  # what trained is gone by then
+    yield Phase("loading the export back", context + second + training.sampling.peak,
+                libraries + (whole if on_gpu else 0))  # fmt: skip
 
 
 def _unquantised(loaded: LoadedConfig, training: Training) -> int:
@@ -370,6 +366,8 @@ def _assumptions(loaded: LoadedConfig, machine: Machine) -> Iterable[str]:
         yield "tread_config is not counted: it lowers time and memory"
     if machine.device == "cuda":
         yield f"CUDA's context and workspaces are taken as {CUDA_CONTEXT / 1e9:g} GB; fragmentation is not counted"
+    if machine.device == "cpu":
+        yield "tensors are counted; what the C library keeps of freed memory comes on top"
 
 
 def _key(loaded: LoadedConfig, sizes: Sizes, machine: Machine) -> str:

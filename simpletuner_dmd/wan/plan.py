@@ -196,15 +196,21 @@ def fitting(
     together: dict[str, Any] = {}
     found: list[Change] = []
     lowest = peak_with({})
-    for kind in kinds:
-        for key, value in kind:
-            peak = peak_with({**together, key: value})
-            if peak <= limit:
-                return [*found, Change(key, value, peak)]
-        if kind and peak < lowest:  # the harshest of its kind, where it helps at all
-            together[key], lowest = value, peak
-            found.append(Change(key, value, peak))
-    return found
+    while True:
+        before = lowest
+        for kind in kinds:
+            for key, value in kind if kind and kind[-1][0] not in together else []:
+                peak = peak_with({**together, key: value})
+                if peak <= limit:
+                    return [*found, Change(key, value, peak)]
+            if (
+                kind and kind[-1][0] not in together and peak < lowest
+            ):  # the harshest of its kind, where it helps at all
+                (key, value), lowest = kind[-1], peak
+                together[key] = value
+                found.append(Change(key, value, peak))
+        if lowest == before:  # what helps nothing now may help once another stretch of the run is the largest
+            return found
 
 
 def size(count: float) -> str:

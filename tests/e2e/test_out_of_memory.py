@@ -15,11 +15,11 @@ from tests.support.runs import assert_same_bits
 
 
 def failing_at(step: int, turn: str, error: BaseException) -> Any:
-    """DMD's losses of a turn, with memory running out in one step."""
+    """DMD's losses of a turn, with memory running out in one step: of the run, not of its plan."""
     losses = getattr(DMD, turn)
 
     def wrapped(self: DMD, batch: Any, stream: Any) -> Iterable[Any]:
-        if stream.step == step:
+        if stream.step == step and not batch.text.rows_BLD.is_meta:
             raise error
         yield from losses(self, batch, stream)
 

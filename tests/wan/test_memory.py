@@ -436,7 +436,9 @@ def compiled_against_eager(adapter: Any, backend: str) -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("adapter", [LORA, LOKR], ids=["lora", "lokr"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(LORA, id="lora"), pytest.param(LOKR, id="lokr", marks=pytest.mark.slow)]
+)
 def test_compiled_blocks_give_the_same_gradients(adapter: Any) -> None:
     """Through dynamo's tracing and guards; the code generator is the slow test's."""
     torch._dynamo.utils.counters.clear()

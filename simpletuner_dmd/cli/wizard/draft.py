@@ -115,10 +115,10 @@ class Draft:
         else:
             if place:
                 del place[0][place[1]]
-            before = self.flat()
+            before = self.options.model_dump(mode="json")
             container, inner = self._container(key)
             container[inner] = value
-            if self.flat() == before and not self._problems(key):
+            if self.options.model_dump(mode="json") == before and not self._problems(key):
                 del container[inner]
                 if container is not self.raw and not container:
                     del self.raw[NESTED]
