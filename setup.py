@@ -32,6 +32,7 @@ DEPENDENCIES = [
     "ftfy>=6.3,<7",
     "pillow",
     "pydantic>=2.10,<3",
+    "pyyaml>=6,<7",
     "questionary>=2.1,<3",
     "tqdm",
     "wandb>=0.20,<1",
@@ -61,8 +62,17 @@ EXTRAS = {
     "parquet": [PYARROW],
     # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.
     "s3": [S3FS],
-    # moto is a real S3 server on loopback, for the tests of such datasets.
-    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3", "moto[server]>=5,<6", PYARROW, S3FS],
+    # moto is a real S3 server on loopback, for the tests of such datasets; pexpect a real terminal, pyte its screen.
+    "dev": [
+        "pytest>=8.3,<10",
+        "ruff>=0.15,<0.18",
+        "mypy>=1.16,<3",
+        "moto[server]>=5,<6",
+        "pexpect>=4.9,<5",
+        "pyte>=0.8,<1",
+        PYARROW,
+        S3FS,
+    ],  # fmt: skip
 }
 
 

@@ -47,14 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from simpletuner_dmd.config import UserError
 
     if not args.json:
-        loaded = load_config(args)
-        problems, scans = examine(loaded)
-        cost = cache_estimate(loaded, scans) if scans else {}
-        _print_report(loaded, scans, cost)
-        problems += _print_plan(loaded, scans, cost, args.card) if not _about_the_model(problems) else []
-        if problems:
-            raise UserError(problems)
-        print("\nReady to train.")
+        report(load_config(args), card=args.card)
         return 0
 
     document: dict[str, Any] = {"ok": False, "problems": [], "data": [], "cache": {}, "memory": {}, "disk": {},
@@ -81,6 +74,22 @@ def run(args: argparse.Namespace) -> int:
             document["problems"] = [problem.as_dict() for problem in error.problems]
     print(json.dumps(document, indent=2, ensure_ascii=False))
     return 0 if document["ok"] else 2
+
+
+def report(loaded: LoadedConfig, card: str | None = None, differences: bool = True) -> None:
+    """Prints what `check` finds, the plan, and how the run differs from the defaults.
+
+    Raises UserError if the run could not start, or does not fit on `card`.
+    """
+    from simpletuner_dmd.config import UserError
+
+    problems, scans = examine(loaded)
+    cost = cache_estimate(loaded, scans) if scans else {}
+    _print_report(loaded, scans, cost, differences)
+    problems += _print_plan(loaded, scans, cost, card) if not _about_the_model(problems) else []
+    if problems:
+        raise UserError(problems)
+    print("\nReady to train.")
 
 
 def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
@@ -268,9 +277,9 @@ def output_problems(loaded: LoadedConfig) -> list[Problem]:
     return problems
 
 
-def _print_report(loaded: LoadedConfig, scans: list[Any], cost: dict[str, Any]) -> None:
+def _print_report(loaded: LoadedConfig, scans: list[Any], cost: dict[str, Any], differences: bool) -> None:
     print(f"Configuration: {loaded.path}")
-    for line in loaded.differences_from_defaults():
+    for line in loaded.differences_from_defaults() if differences else []:
         print(f"  {line}")
     if scans:
         print_data(scans, *_data_facts(loaded, scans), cost)

@@ -33,6 +33,11 @@ def _hub_id(data: dict[str, Any]) -> str:
 class ModelOptions(Options):
     """Which Wan, what of it is trained, and by which method."""
 
+    recipe: str | None = Field(
+        None,
+        description="The settings of a recipe, below everything that is written: `simpletuner recipes` lists them, "
+        "`simpletuner recipes show NAME` says where each number is from.",
+    )
     model_family: Literal["wan"] = Field("wan", description="The model family. This tool knows Wan and nothing else.")
     model_flavour: ModelFlavour = Field(
         DEFAULT_FLAVOUR,
