@@ -11,7 +11,7 @@ from simpletuner_dmd.config import LoadedConfig, UserError, load
 from simpletuner_dmd.config.recipes import FOLDER, choose, is_number, recipe, recipe_names
 
 VIDEOS = {"dataset_type": "video", "instance_data_dir": "videos"}
-EXPLAINED = ("has no effect on DCM's noise levels", "expert alone is trained")
+EXPLAINED = ("has no effect on DCM's noise levels", "expert alone is trained", "this run trains the")
 
 
 def loaded(home: Path, argv: list[str] | None = None, **content: Any) -> LoadedConfig:
