@@ -70,6 +70,11 @@ class Judge:
         """Before the first step: the reference videos, where they are not there yet, and the student if asked."""
         if not self.assembly.config.disable_benchmark:
             self._render_references()
+        teacher = self.references.get("teacher")
+        if teacher is not None and self.assembly.config.distillation_config is not None:
+            # Known before the first step: a reference that is over-exposed makes a student that is.
+            signs = Signs({}, {}, reference_spread=float(teacher["latent_std"]))
+            self._say_changes(self.trainer.step, judge(signs, self.assembly.config.health_bands, self._knobs()))
         if self.assembly.config.validation_on_startup and self.trainer.step == 0:
             self.validate(0)
 
@@ -228,7 +233,8 @@ class Judge:
         relative = {} if teacher is None else against(shipped, teacher)
         undistilled = self.references.get("undistilled")
         start = {} if teacher is None or undistilled is None else against(undistilled, teacher)
-        signs = Signs(relative, start, None if critic is None else critic.reach, change, rungs)
+        spread = None if teacher is None else float(teacher["latent_std"])
+        signs = Signs(relative, start, None if critic is None else critic.reach, change, rungs, spread)
         lights = judge(signs, config.health_bands, self._knobs()) if step >= config.health_grace_steps else []
         value = score(relative, lights) if relative and lights else None
         best = value is not None and self._mark_best(step, value)

@@ -9,6 +9,7 @@ Band = tuple[Bound, Bound, Bound, Bound]
 """(red below, yellow below, yellow above, red above); None where there is no such bound."""
 
 BANDS: dict[str, Band] = {
+    "guidance": (None, None, 1.25, 1.6),
     "saturation": (0.55, 0.75, 1.35, 1.7),
     "contrast": (0.65, 0.8, 1.25, 1.5),
     "clipping": (None, None, 0.03, 0.1),

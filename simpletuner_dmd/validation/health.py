@@ -50,6 +50,8 @@ class Signs:
     student: relative to the teacher (`measures.against`). start: the same of the undistilled model. reach: of the
     critic (`CriticCheck.reach`). change: how far the trained student's samples moved since the validation before, root
     mean square, in their standard deviations. rungs: (steps of the ladder that had a gradient since then, all).
+    reference_spread: standard deviation of the latents of the teacher's own videos, which the VAE's normalisation makes
+    about 1 for real ones.
     """
 
     student: Mapping[str, float]
@@ -57,11 +59,15 @@ class Signs:
     reach: float | None = None
     change: float | None = None
     rungs: tuple[int, int] | None = None
+    reference_spread: float | None = None
 
 
 def judge(signs: Signs, bands: Mapping[str, Band], knobs: Knobs) -> list[Light]:
     """The lights that can be judged, in the order of the bands."""
     found = {}
+    if signs.reference_spread is not None:
+        spread = signs.reference_spread
+        found["guidance"] = _light("guidance", spread, bands["guidance"], _say_guidance(spread, knobs))
     for name, key, say in _RELATIVE:
         value = signs.student.get(key)
         if value is not None:
@@ -126,6 +132,7 @@ def _relative(name: str, value: float, start: float | None, band: Band, sentence
 
 def _fine(name: str, value: float) -> str:
     words = {
+        "guidance": f"the teacher's own videos spread {value:.2f} as wide as real ones",
         "clipping": f"clipped values are {100 * value:+.1f} points from the teacher's",
         "critic": f"the critic has gone {value:.0%} of the way to the student's score",
         "stability": f"the student's samples moved by {value:.0%} of their spread since the validation before",
@@ -142,6 +149,13 @@ def _less_guidance(knobs: Knobs) -> str:
         return "stop earlier, or lower learning_rate"
     lower = max(1.0, knobs.guidance - 1)
     return f"lower real_score_guidance_scale from {knobs.guidance:g} to {lower:g}, or stop earlier"
+
+
+def _say_guidance(value: float, knobs: Knobs) -> str:
+    return (
+        f"the teacher's own videos are over-exposed, their latents spread {value:.2f} as wide as real ones: "
+        f"{_less_guidance(knobs)}"
+    )
 
 
 def _say_saturation(value: float, knobs: Knobs) -> str:
