@@ -2,8 +2,8 @@
 
     python benchmarks/health.py --out output/health
 
-Each cell is one short run of the shipped demo (120 steps of 16 samples, a validation every 40) with one failure planted in it, from
-seed 42, 43 or 44. It counts as named where the light that is about this failure leaves green at one validation at
+Each cell is a short run of the shipped demo (120 steps of 16 samples, a validation every 40) with one failure planted,
+from seed 42, 43 or 44. It counts as named where the light that is about this failure leaves green at one validation at
 least; a healthy run must leave none. A cell is kept in OUT/cells/NAME-SEED.json as soon as it is finished and a run
 that was interrupted goes on from its last checkpoint, so the command may be stopped and given again; `--only guidance`
 and `--seeds 42` take some of the cells, `--again` reads the finished runs anew (after a change of bands, say).

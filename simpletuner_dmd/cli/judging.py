@@ -235,7 +235,7 @@ class Judge:
         start = {} if teacher is None or undistilled is None else against(undistilled, teacher)
         spread = None if teacher is None else float(teacher["latent_std"])
         signs = Signs(relative, start, None if critic is None else critic.reach, change, rungs, spread)
-        lights = judge(signs, config.health_bands, self._knobs()) if step >= config.health_grace_steps else []
+        lights = judge(signs, config.health_bands, self._knobs()) if step >= self._grace else []
         value = score(relative, lights) if relative and lights else None
         best = value is not None and self._mark_best(step, value)
         self.tracking.event("health", step=step, colour=worst(lights), score=value, best=best,
@@ -245,6 +245,11 @@ class Judge:
         if not red or config.health_on_red != "stop":
             return None
         return "; ".join(light.sentence for light in red)
+
+    @property
+    def _grace(self) -> int:
+        wanted = self.assembly.config.health_grace_steps
+        return max(1, self.trainer.settings.max_steps // 10) if wanted is None else wanted
 
     def _fine_tuned(self, step: int) -> None:
         """A fine-tune is meant to leave its base, so no light compares them; the best is by the evaluation loss."""

@@ -56,7 +56,7 @@ def read_prompts(config: TrainConfig, resolve: Callable[[str], Path]) -> tuple[d
                 prompts[f"{name}-of-library" if name in prompts else name] = prompt
         else:
             notices.append(
-                f"validation_prompt_library: there is no file {library}, and no built-in set of that name "
+                f"validation_prompt_library: there is no {library}, and no built-in set of that name "
                 f"({', '.join(LIBRARIES)}); its prompts are not rendered."
             )
     return prompts, notices

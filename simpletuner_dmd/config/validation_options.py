@@ -114,10 +114,8 @@ class HealthOptions(Options):
         description="`stop` saves and ends the run when a light turns red, exit code 3; the same command with "
         "`continue` goes on.",
     )
-    health_grace_steps: int = Field(
-        default_factory=lambda data: max(1, int(data.get("max_train_steps") or 0) // 10),
-        ge=0,
-        description="Steps before which no light is judged. Default: a tenth of `max_train_steps`.",
+    health_grace_steps: int | None = Field(
+        None, ge=0, description="Steps before which no light is judged. Default: a tenth of the run."
     )
 
 
