@@ -6,9 +6,11 @@ import argparse
 import difflib
 import errno
 import importlib
+import os
 import sys
 
 from simpletuner_dmd import __version__
+from simpletuner_dmd.cli import completion
 from simpletuner_dmd.cli.common import INTERRUPTED
 
 # verb -> (what it does, an example)
@@ -24,11 +26,15 @@ VERBS = {
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
+    "doctor": ("say what this machine can do", "simpletuner doctor"),
+    "completion": ("teach your shell to complete commands and options", 'eval "$(simpletuner completion bash)"'),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 130 interrupted."""
+    if completion.ASKED in os.environ:
+        completion.answer(VERBS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]

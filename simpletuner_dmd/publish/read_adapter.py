@@ -25,6 +25,7 @@ from simpletuner_dmd.publish.dialects import (
     diffusers_module,
     module_names,
 )
+from simpletuner_dmd.publish.experts import is_low_noise
 from simpletuner_dmd.publish.snippets import LORA_FILE
 
 # In a folder: an export, the output folder of a run, or a folder that holds the file itself.
@@ -51,7 +52,8 @@ class AdapterFile:
 
 
 def find_adapter(path: Path, key: str) -> Path:
-    """The adapter's file: the path itself, or what an export folder or a run's output folder holds.
+    """The adapter's file: the path itself, or what an export folder or a run's output folder holds; of two experts, the
+    high-noise one's.
 
     Raises UserError, about the option `key`, where there is none.
     """
@@ -60,7 +62,7 @@ def find_adapter(path: Path, key: str) -> Path:
     if path.is_dir():
         for folder in (path / "export", path):
             for place in _PLACES:
-                if found := sorted(folder.glob(place)):
+                if found := sorted(folder.glob(place), key=lambda file: (is_low_noise(file), file.name)):
                     return found[0]
     raise UserError(
         f"found no adapter at {path}",
