@@ -19,6 +19,7 @@ from simpletuner_dmd.randomness import generator
 
 BINS = 4
 CRITIC_LEVELS = 8
+NOT_MOVED = 1e-3
 
 
 def quantiles(count: int, shift: float) -> tuple[float, ...]:
@@ -100,9 +101,10 @@ class CriticCheck:
 
         The best point teacher + p (critic - teacher) on the student's samples is at p* = along / length; the critic
         itself is at 1, so it has gone 1 / p* of the way. 0: it never left the teacher; 1: it is there; above 1: it
-        went too far. Noise in p* can make it large, so it is cut at 2.
+        went too far. Noise in p* can make it large, so it is cut at 2; a critic that has moved by less than a
+        thousandth of the teacher's own error has not moved.
         """
-        if self.length < 1e-12:
+        if self.length <= NOT_MOVED**2 * sum(self.teacher):
             return 0.0
         best = self.along / self.length
         return 2.0 if best <= 0.5 else 1 / best

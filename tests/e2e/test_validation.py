@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import VideoCodec
 from tests.e2e.conftest import ProjectMaker
 from tests.support.pipelines import save_small_pipeline
-from tests.support.runs import assert_same_bits, prompts_dataset, videos_dataset
+from tests.support.runs import assert_same_bits, environment, prompts_dataset, videos_dataset
 from tests.support.videos import write_small_set
 
 GUIDE = Path(__file__).parent / "data" / "wan-lora"
@@ -27,21 +28,21 @@ LOOKING: dict[str, Any] = {
 
 def test_a_run_measures_its_student_and_keeps_the_best(make_project: ProjectMaker, tmp_path: Path) -> None:
     library = tmp_path / "library.json"
-    library.write_text(json.dumps({"anime_<token>": "a red circle moves up", "plain": {"prompt": "a blue square"}}))
+    library.write_text(json.dumps({"anime_<token>": {"prompt": "a red circle moves up"}}))
     videos = write_small_set(tmp_path / "videos", 2)
     project = make_project(
         datasets=[*prompts_dataset(tmp_path), *videos_dataset(videos, id="held-out")],
         validation_prompt_library=str(library), validation_resolution="32x32,48x32", validation_num_video_frames="5,9",
-        eval_dataset_id="held-out", eval_steps_interval=1, eval_timesteps=4, num_eval_images=2, **LOOKING,
+        eval_dataset_id="held-out", eval_steps_interval=1, eval_timesteps=4, num_eval_images=2, **{**LOOKING, "ema_validation": "ema_only"},
     )  # fmt: skip
     project_prompts = tmp_path / "prompts.txt"
     (project.folder / "prompts.txt").write_text(project_prompts.read_text())
     assert project.train() == 0
 
-    videos_per_kind = 3 * 2 * 2 * 2  # prompts, sizes, lengths, seeds
+    videos_per_kind = 2 * 2 * 2 * 2  # prompts, sizes, lengths, seeds
     rows = project.rows("validation")
     kinds = [(row["step"], row["kind"]) for row in rows]
-    for place in ((0, "teacher"), (0, "undistilled"), (0, "student"), (2, "student"), (4, "student-ema")):
+    for place in ((0, "teacher"), (0, "undistilled"), (0, "student-ema"), (4, "student-ema")):
         assert kinds.count(place) == videos_per_kind
     assert rows[0]["name"] == "validation" and all((project.output / row["file"]).is_file() for row in rows)
     assert len({row["file"] for row in rows}) == len(rows)
@@ -49,9 +50,10 @@ def test_a_run_measures_its_student_and_keeps_the_best(make_project: ProjectMake
     measured = {(row["step"], row["kind"]): row for row in project.rows("measures")}
     assert measured[0, "undistilled"]["seed_diversity"] > 0
     # A student that has not trained is the undistilled model, video by video.
-    assert measured[0, "student"]["of_teacher"] == pytest.approx(measured[0, "undistilled"]["of_teacher"])
+    assert measured[0, "student-ema"]["of_teacher"] == pytest.approx(measured[0, "undistilled"]["of_teacher"])
     assert [row["step"] for row in project.rows("critic")] == [0, 2, 4]
-    assert project.rows("critic")[0]["critic_reach"] == 0 and project.rows("critic")[1]["critic_reach"] > 0
+    assert project.rows("critic")[0]["critic_reach"] == 0 and project.rows("critic")[0]["critic_ratio_q1"] == 1
+    assert project.rows("critic")[2]["critic_ratio_q1"] != 1
     assert [row["step"] for row in project.rows("evaluation")] == [1, 2, 3, 4]
 
     health = {row["step"]: row for row in project.rows("health")}
@@ -63,7 +65,6 @@ def test_a_run_measures_its_student_and_keeps_the_best(make_project: ProjectMake
 
     # From the best, with the same references: nothing is rendered twice.
     assert project.train("resume_from_checkpoint=best", "max_train_steps=6") == 0
-    assert [row["step"] for row in project.rows("start")][-1:] != [0]
     assert project.rows("start")[-1]["resumed_at"] == best
     assert len([row for row in project.rows("validation") if row["kind"] == "teacher"]) == videos_per_kind
 
@@ -105,10 +106,11 @@ def test_a_red_light_stops_where_asked(make_project: ProjectMaker, capsys: pytes
 def test_the_lora_guides_validation_on_30_blocks(
     make_project: ProjectMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its prompts, guidance, skipped layer and EMA as written; sizes, frames and steps are a test's."""
+    """Its guidance, skipped layer and EMA as written; sizes, frames and steps are a test's, and so are the prompts: the
+    tiny text encoder knows no Chinese."""
     written = json.loads((GUIDE / "config.json").read_text(encoding="utf-8"))
     keys = {key: value for key, value in written.items() if key.startswith("validation_guidance")}
-    keys |= {key: written[key] for key in ("validation_prompt", "validation_negative_prompt", "ema_validation")}
+    keys["ema_validation"] = written["ema_validation"]
     assert keys["validation_guidance_skip_layers"] == [9] and keys["validation_guidance_skip_layers_stop"] == 1.0
     skipped: list[tuple[int, ...]] = []
     solvers: set[str] = set()
@@ -129,9 +131,31 @@ def test_the_lora_guides_validation_on_30_blocks(
         datasets=videos_dataset(write_small_set(tmp_path / "videos", 2)), distillation_method=None,
         pretrained_model_name_or_path=str(save_small_pipeline(tmp_path / "deep", layers=30)), max_train_steps=1,
         validation_disable=False, validation_num_inference_steps=3, benchmark_num_inference_steps=3, use_ema=True,
-        tokenizer_max_length=64, **keys,
+        validation_negative_prompt="a blue square moves left", **keys,
     )  # fmt: skip
     assert project.train() == 0
     assert skipped == [(9,)] * 6  # every step of the reference video and of the student's
     assert solvers == {"unipc"}
     assert [row["kind"] for row in project.rows("validation")] == ["teacher", "student-ema"]
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_videos_and_judge_as_one(make_project: ProjectMaker) -> None:
+    options = {**LOOKING, "validation_on_startup": False, "train_batch_size": 2}
+    one = make_project("one", **options)
+    assert one.train() == 0
+    two = make_project("two", **{**options, "train_batch_size": 1, "num_processes": 2})
+    finished = subprocess.run(
+        two.command(), env=environment(), capture_output=True, text=True, timeout=600, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    files = [sorted(row["file"] for row in project.rows("validation")) for project in (one, two)]
+    assert files[0] == files[1] and all((two.output / file).is_file() for file in files[1])
+    for event in ("measures", "critic", "health"):
+        left, right = one.rows(event), two.rows(event)
+        assert [row["step"] for row in left] == [row["step"] for row in right]
+    for left, right in zip(one.rows("measures"), two.rows("measures"), strict=True):
+        assert right["videos"] == left["videos"] == 2
+        assert right["latent_std"] == pytest.approx(left["latent_std"], rel=1e-4)
+        assert right["motion"] == pytest.approx(left["motion"], rel=1e-2)
+    assert finished.stdout.count("Rendering the teacher's reference videos") == 1

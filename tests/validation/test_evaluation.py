@@ -75,6 +75,12 @@ def test_reach_is_the_share_of_the_way_that_the_critic_has_gone(critic, reach):
         assert ratios == pytest.approx([(1 - critic) ** 2] * BINS, abs=1e-4)
 
 
+def test_a_critic_that_barely_moves_has_not_moved():
+    samples = [(0, torch.ones(SHAPE), TEXT)]
+    assert check_critic(Mean(5e-4), Mean(0.0), samples, 1.0, CPU).reach == 0
+    assert check_critic(Mean(5e-3), Mean(0.0), samples, 1.0, CPU).reach == pytest.approx(0.005, rel=1e-2)
+
+
 def test_checks_of_processes_add_up():
     samples = [(number, torch.ones(SHAPE), TEXT) for number in range(3)]
     whole = check_critic(Mean(0.4), Mean(0.1), samples, 3.0, CPU)
