@@ -30,11 +30,16 @@ def test_a_run_measures_its_student_and_keeps_the_best(make_project: ProjectMake
     library = tmp_path / "library.json"
     library.write_text(json.dumps({"anime_<token>": {"prompt": "a red circle moves up"}}))
     videos = write_small_set(tmp_path / "videos", 2)
+    options = {**LOOKING, "ema_validation": "ema_only", "eval_dataset_id": "held-out", "eval_steps_interval": 1}
     project = make_project(
         datasets=[*prompts_dataset(tmp_path), *videos_dataset(videos, id="held-out")],
-        validation_prompt_library=str(library), validation_resolution="32x32,48x32", validation_num_video_frames="5,9",
-        eval_dataset_id="held-out", eval_steps_interval=1, eval_timesteps=4, num_eval_images=2, **{**LOOKING, "ema_validation": "ema_only"},
-    )  # fmt: skip
+        validation_prompt_library=str(library),
+        validation_resolution="32x32,48x32",
+        validation_num_video_frames="5,9",
+        eval_timesteps=4,
+        num_eval_images=2,
+        **options,
+    )
     project_prompts = tmp_path / "prompts.txt"
     (project.folder / "prompts.txt").write_text(project_prompts.read_text())
     assert project.train() == 0
