@@ -84,8 +84,12 @@ class Judge:
         wanted = self.assembly.config.ema_validation if self.trainer.ema is not None else "none"
         summaries = {}
         with self.roles.evaluating():
-            trained, failures = self.renderer.sample(student, sampler)
-            self._report(step, failures)
+            trained: dict[int, Tensor] = {}
+            # In distillation the trained student is looked at even where its average is what is rendered: the critic
+            # follows it, and the lights ask how far it moves. A ladder is cheap to walk.
+            if wanted != "ema_only" or self.assembly.schedule.ladder:
+                trained, failures = self.renderer.sample(student, sampler)
+                self._report(step, failures)
             if wanted in ("none", "comparison"):
                 rendering = self.renderer.write(trained, "student", step, sampler.forwards)
                 summaries["student"] = self._record(rendering, "student", step)

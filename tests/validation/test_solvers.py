@@ -117,7 +117,6 @@ def test_skip_layer_guidance_by_hand():
 
 
 def test_the_window_is_inside_not_outside():
-    """SimpleTuner has it the wrong way round for Wan: 0 to 1 switches it off there."""
     steps = range(10)
     assert [SkipLayers((9,), start=0.0, stop=1.0).acts(step, 10) for step in steps] == [True] * 10
     assert [step for step in steps if SkipLayers((9,), start=0.01, stop=0.2).acts(step, 10)] == [1]
