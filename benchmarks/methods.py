@@ -42,6 +42,7 @@ from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.durable import write_json, write_text, write_through
 from simpletuner_dmd.flow import Denoiser, TextEmbedding, euler_sigmas, sample_euler
 from simpletuner_dmd.randomness import RandomStream, derive_seed, generator
+from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.roles import Roles
 
@@ -260,11 +261,11 @@ def measure(folder: Path, samples: int, seeds: int, cache: Path) -> dict[str, An
             student = world.students(assembly.student_sampler, assembly.sampled_student(roles), 2 * seed + 1)
             plain = world.students(*undistilled(assembly, fresh), 2 * seed + 1)
             note(
-                distance=measures.energy_distance(student, reference),
-                undistilled=measures.energy_distance(plain, reference),
-                floor=measures.energy_distance(other, reference),
-                to_data=measures.energy_distance(student, data),
-                teacher_to_data=measures.energy_distance(other, data),
+                distance=energy_distance(student, reference),
+                undistilled=energy_distance(plain, reference),
+                floor=energy_distance(other, reference),
+                to_data=energy_distance(student, data),
+                teacher_to_data=energy_distance(other, data),
             )
             for who, latents in (("student", student), ("teacher", other)):
                 note(**{f"{who}_{name}": value for name, value in

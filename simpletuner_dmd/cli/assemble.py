@@ -27,6 +27,7 @@ from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmb
 from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
+from simpletuner_dmd.validation.solvers import SkipLayers
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
@@ -235,9 +236,47 @@ class Assembly:
     def student_sampler(self) -> Sampler:
         config = self.config
         if not self.schedule.ladder:
-            steps, guidance = config.validation_num_inference_steps, config.validation_guidance
-            return Sampler(self.schedule, "ode", steps, guidance, self.block_sampling)
+            return self._solver(config.validation_num_inference_steps, config.validation_guidance, self.block_sampling)
         return Sampler(self.schedule, config.distillation.transition, guidance=1.0, blocks=self.block_sampling)
+
+    @property
+    def validation_sampler(self) -> Sampler:
+        """How validation renders the student: as it is trained to be sampled, unless the options ask for a solver."""
+        config = self.config
+        if config.validation_noise_scheduler == "few-step" or not self.schedule.ladder:
+            return self.student_sampler
+        return self._solver(config.validation_num_inference_steps, config.validation_guidance, None)
+
+    def _solver(self, steps: int, guidance: float, blocks: BlockSampling | None) -> Sampler:
+        """A stock solver with the guidance of the validation options."""
+        config = self.config
+        return Sampler(
+            Schedule(self.schedule.shift), "ode", steps, guidance, blocks,
+            solver=config.validation_noise_scheduler, rescale=config.validation_guidance_rescale,
+            skip=self._skip if config.distillation_config is None else None,
+        )  # fmt: skip
+
+    @property
+    def _skip(self) -> SkipLayers | None:
+        """Skip-layer guidance with blocks counted from 0; a UserError where the model does not have them."""
+        config, depth = self.config, depth_of(self.network)
+        if not config.validation_guidance_skip_layers:
+            return None
+        blocks = [block + depth if block < 0 else block for block in config.validation_guidance_skip_layers]
+        if any(not 0 <= block < depth for block in blocks):
+            key = "validation_guidance_skip_layers"
+            raise UserError(
+                f"found {config.validation_guidance_skip_layers}, but this model has {depth} blocks, 0 to {depth - 1}",
+                file=self.loaded.origins.get(key, str(self.loaded.path)),
+                key=key,
+                fix=f"choose from 0 to {depth - 1}, or from -{depth} to -1, which count from the end",
+            )
+        return SkipLayers(
+            tuple(sorted(set(blocks))),
+            config.validation_guidance_skip_scale,
+            config.validation_guidance_skip_layers_start,
+            config.validation_guidance_skip_layers_stop,
+        )
 
     @property
     def block_sampling(self) -> BlockSampling | None:
@@ -265,6 +304,13 @@ class Assembly:
         """The teacher's own many steps."""
         config = self.config
         return Sampler(Schedule(self._shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance)
+
+    @property
+    def benchmark_sampler(self) -> Sampler:
+        """Of the reference videos. In fine-tuning they show the model before training, sampled as the student is."""
+        if self.config.distillation_config is not None:
+            return self.teacher_sampler
+        return self._solver(self.config.benchmark_num_inference_steps, self.config.benchmark_guidance, None)
 
     # --- the method -------------------------------------------------------------------------------------------------
 
@@ -369,7 +415,7 @@ class Assembly:
             "datasets": [*self.loaded.datasets, self.loaded.text_embeds],
             "config": self.config,
             "encode_text": self.text_encoder,
-            "encode_video": codec.encode if latents else None,
+            "encode_video": codec.encode if latents or self.config.eval_dataset_id else None,
             "text_fingerprint": self.text_encoder.fingerprint,
             "vae_fingerprint": codec.fingerprint,
             "latent_geometry": self.geometry,
@@ -397,14 +443,13 @@ class Assembly:
                 name=name,
                 prompt=prompt,
                 text=embedding(prompt),
-                size=(width, height, config.validation_num_video_frames),
-                latent_shape=geometry.latent_shape(
-                    *self.fitting(width, height), geometry.round_frames(config.validation_num_video_frames)
-                ),
+                size=(width, height, frames),
+                latent_shape=geometry.latent_shape(*self.fitting(width, height), geometry.round_frames(frames)),
                 seed=config.validation_seed + number,
             )
             for name, prompt in self.loaded.validation_prompts.items()
             for width, height in config.validation_resolution
+            for frames in config.validation_num_video_frames
             for number in range(config.num_validation_images)
         ]
 

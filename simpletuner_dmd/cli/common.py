@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
+STOPPED = 3  # exit code where `health_on_red` stopped a run
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 

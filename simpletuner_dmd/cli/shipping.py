@@ -64,7 +64,7 @@ class Shipper:
     def info(self, data: PreparedData | None, *, steps: int, averaged: bool) -> ExportInfo:
         config, assembly = self.config, self.assembly
         prompts = tuple(assembly.loaded.validation_prompts.values())
-        sizes = tuple((w, h, config.validation_num_video_frames) for w, h in config.validation_resolution)
+        sizes = tuple((w, h, f) for w, h in config.validation_resolution for f in config.validation_num_video_frames)
         return ExportInfo(
             run_name=config.tracker_run_name,
             method=config.distillation_method or "",

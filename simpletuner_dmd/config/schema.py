@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
 from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
-from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
+from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions
 from simpletuner_dmd.config.training_options import (
     EmaOptions,
     FlowOptions,
@@ -17,6 +17,7 @@ from simpletuner_dmd.config.training_options import (
     PrecisionOptions,
 )
 from simpletuner_dmd.config.tread import TreadConfig
+from simpletuner_dmd.config.validation_options import EvaluationOptions, HealthOptions, ValidationOptions
 
 TEACHER_STEPS = 40
 
@@ -29,6 +30,8 @@ def frames_4n1(frames: int) -> int:
 # pydantic takes the fields of the last base first; a default may look at the options that stand before it.
 class TrainConfig(
     OutputOptions,
+    HealthOptions,
+    EvaluationOptions,
     ValidationOptions,
     DataOptions,
     FlowOptions,
@@ -85,7 +88,8 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _whole_latent_frames(self) -> TrainConfig:
-        self.validation_num_video_frames = frames_4n1(self.validation_num_video_frames)
+        rounded = [frames_4n1(frames) for frames in self.validation_num_video_frames]
+        self.validation_num_video_frames = list(dict.fromkeys(rounded))
         return self
 
     @property

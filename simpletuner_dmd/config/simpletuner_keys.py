@@ -42,11 +42,10 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
     **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
-            "optimizer_config eval_dataset_id eval_steps_interval gan_config "
-            "validation_guidance_skip_layers", LATER),
-    **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
-            "num_eval_images eval_timesteps evaluation_type disk_low_threshold validation_guidance_rescale "
-            "validation_noise_scheduler", Absent(f"{NOT_YET}, and it does not touch the training", harmless=True)),
+            "optimizer_config gan_config", LATER),
+    "disk_low_threshold": Absent(f"{NOT_YET}, and it does not touch the training", harmless=True),
+    **_each("eval_epoch_interval eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path",
+            Absent("eval_dataset_id and eval_steps_interval rule the evaluation loss here", harmless=True)),
     **_each("offload_during_startup blocks_to_swap musubi_blocks_to_swap musubi_block_swap_device enable_group_offload "
             "group_offload_type group_offload_blocks_per_group group_offload_use_stream vae_enable_tiling "
             "vae_enable_slicing compile gradient_checkpointing_interval gradient_checkpointing_backend ema_device "

@@ -79,8 +79,11 @@ class Beta:
         return t, torch.cat([torch.zeros(1, dtype=torch.float64), below / below[-1]])
 
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
+        return self.quantile(stream.uniform(purpose))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share u lies; fp64."""
         t, below = self._table
-        u = stream.uniform(purpose)
         right = torch.searchsorted(below, u, right=True).clamp(1, len(t) - 1)
         share = (u - below[right - 1]) / (below[right] - below[right - 1])
         return torch.sigmoid(torch.lerp(t[right - 1], t[right], share))

@@ -121,11 +121,16 @@ class TrainerSettings:
     checkpoint_interval: int
     checkpoints_kept: int | None
     validation_interval: int
+    evaluation_interval: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Trainer:
-    """Runs a method to its end. `validate(step)` and `checkpointed(path, step)` are called on the main process."""
+    """Runs a method to its end.
+
+    `checkpointed(path, step)` is called on the main process; `validate(step)` and `evaluate(step)` on every process.
+    What `validate` returns is why the run must stop, the same on all of them, or None.
+    """
 
     def __init__(
         self,
@@ -139,16 +144,18 @@ class Trainer:
         ema: Ema | None = None,
         averaged: Sequence[str] = ("student",),
         meta: dict[str, Any] | None = None,
-        validate: Callable[[int], None] | None = None,
+        validate: Callable[[int], str | None] | None = None,
+        evaluate: Callable[[int], None] | None = None,
         checkpointed: Callable[[Path, int], None] | None = None,
     ) -> None:
         self.settings, self.method, self.optimizers, self.batches = settings, method, optimizers, batches
         self.accelerator, self.tracking, self.ema, self.meta = accelerator, tracking, ema, meta or {}
-        self.validate, self.checkpointed = validate, checkpointed
+        self.validate, self.evaluate, self.checkpointed = validate, evaluate, checkpointed
         self.averaged = averaged
         self.step = 0
         self.asked_to_stop = False  # set by a signal at any moment, on this rank
         self.interrupted = False  # what all ranks agreed on, between two steps
+        self.halted: str | None = None  # why validation asked the run to stop
 
     @property
     def student_updates(self) -> int:
@@ -213,7 +220,7 @@ class Trainer:
             settings.max_steps, self.step, device=settings.device, enabled=self.accelerator.is_main_process
         )
         with progress, self._catching_signals():
-            while self.step < settings.max_steps and not self.interrupted:
+            while self.step < settings.max_steps and not (self.interrupted or self.halted):
                 values = self._train_step()
                 self.step += 1
                 progress.update(self.step, values)
@@ -223,14 +230,19 @@ class Trainer:
                 if last or self.interrupted or self.step % settings.checkpoint_interval == 0:
                     self.save()
                     saved_at = self.step
-                if not self.interrupted and (last or self.step % settings.validation_interval == 0):
-                    self._validate()
-            if saved_at != self.step and self.interrupted:
+                if not self.interrupted:
+                    self._look(last)
+            if saved_at != self.step and (self.interrupted or self.halted):
                 self.save()
 
-    def _validate(self) -> None:
-        if self.validate is not None and self.accelerator.is_main_process:
-            self.validate(self.step)
+    def _look(self, last: bool) -> None:
+        """Evaluation and validation, where this step has one."""
+        settings = self.settings
+        interval = settings.evaluation_interval
+        if self.evaluate is not None and interval and (last or self.step % interval == 0):
+            self.evaluate(self.step)
+        if self.validate is not None and (last or self.step % settings.validation_interval == 0):
+            self.halted = self.validate(self.step)
         self.accelerator.wait_for_everyone()
 
     def _train_step(self) -> dict[str, float]:

@@ -1,6 +1,7 @@
 import json
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -184,3 +185,22 @@ def test_a_real_tracker_takes_a_whole_run(tmp_path, monkeypatch, caplog):
     assert not [record for record in caplog.records if record.name == tracking.__name__]
     copies = list((tmp_path / "wandb").glob("offline-run-*/files/media/videos/*.mp4"))
     assert len(copies) == 1 and copies[0].read_bytes() == b"\0" * 100
+
+
+def test_figures_are_a_row_and_numbers_for_the_trackers(tmp_path: Path) -> None:
+    class Noting:
+        seen: list[tuple[dict[str, float], int]] = []
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.seen.append((values, step))
+
+        def finish(self) -> None:
+            pass
+
+    tracking = Tracking(tmp_path)
+    tracking.trackers["noting"] = Noting()
+    tracking.measured("measures", 20, kind="student", videos=3, motion=0.5, of_teacher={"motion": 0.8}, channels=[1.0])
+    tracking.close()
+    assert Noting.seen == [({"student/measures/motion": 0.5, "student/measures/of_teacher.motion": 0.8}, 20)]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["event"] == "measures" and row["step"] == 20 and row["channels"] == [1.0] and row["videos"] == 3
