@@ -24,6 +24,10 @@ VERBS = {
     ),
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
+    "report": (
+        "make the page of a run anew, compare two runs, or watch one train",
+        "simpletuner report output/my-run --serve",
+    ),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
     "doctor": ("say what this machine can do", "simpletuner doctor"),
