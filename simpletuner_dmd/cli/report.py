@@ -15,8 +15,9 @@ PORT = 8321
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the output folder of a run, for example output/demo")
     parser.add_argument("--compare", metavar="RUN2", type=Path, help="a second run, shown beside the first")
-    parser.add_argument("--serve", action="store_true",
-                        help="serve the page to this machine and update it while the run trains; Ctrl-C ends")  # fmt: skip
+    parser.add_argument(
+        "--serve", action="store_true", help="serve the page to this machine and update it while the run trains"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address of --serve; one of this machine's own")
     parser.add_argument("--port", type=int, default=PORT, help=f"port of --serve; 0: any; default {PORT}")
 
@@ -39,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(server: ReportServer) -> None:
-    print(f"{server.url} (Ctrl-C ends)", flush=True)
     try:
+        print(f"{server.url} (Ctrl-C ends)", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         print("\nNo longer served.")

@@ -20,7 +20,7 @@ from simpletuner_dmd.durable import write_text
 from simpletuner_dmd.validation import report_health, report_videos
 from simpletuner_dmd.validation.report_charts import Chart, charts
 from simpletuner_dmd.validation.report_data import Run, read_run, state
-from simpletuner_dmd.validation.report_words import duration, empty, letters, plain, short, table, title
+from simpletuner_dmd.validation.report_words import duration, empty, letters, names, plain, short, table, title
 
 FOLDER = "report"
 ASSETS = ("report.css", "report.js", "curves.js", "uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE.txt")
@@ -57,7 +57,7 @@ def page(output_dir: Path, compare: Path | None = None) -> str:
     place = output_dir.resolve() / FOLDER
     drawn = charts(runs)
     parts = {
-        "title": escape(_name(runs)),
+        "title": escape(" against ".join(names(runs))),
         "name": _heading(runs),
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "ladder": _ladder(runs[0]) if len(runs) == 1 else "",
@@ -78,27 +78,23 @@ def page(output_dir: Path, compare: Path | None = None) -> str:
 
 def _each(runs: Sequence[Run], section: Any) -> list[str]:
     """The section of every run, under its letter where there are two."""
-    heads = [f'<h3 class="run">{letter}: {escape(run.name)}</h3>' if letter else ""
-             for letter, run in zip(letters(runs), runs, strict=True)]  # fmt: skip
+    heads = [f'<h3 class="run">{letter}: {escape(name)}</h3>' if letter else ""
+             for letter, name in zip(letters(runs), names(runs), strict=True)]  # fmt: skip
     return [f'<div class="of-run">{head}{section(run)}</div>' for head, run in zip(heads, runs, strict=True)]
 
 
 # --- header ---------------------------------------------------------------------------------------------------------
 
 
-def _name(runs: Sequence[Run]) -> str:
-    return " against ".join(run.name for run in runs)
-
-
 def _heading(runs: Sequence[Run]) -> str:
     lines = []
-    for letter, run in zip(letters(runs), runs, strict=True):
+    for letter, name, run in zip(letters(runs), names(runs), runs, strict=True):
         word, sentence = state(run)
         colour = report_health.overall(run)
         lamp = "" if colour is None else (
             f'<a class="lamp {colour}" href="#health"><span class="dot" aria-hidden="true"></span>health {colour}</a>'
         )  # fmt: skip
-        who = f"<b>{letter}: {escape(run.name)}</b>" if letter else ""
+        who = f"<b>{letter}: {escape(name)}</b>" if letter else ""
         lines.append(
             f'<div class="name">{who}<p class="state {word}">{escape(sentence)}</p>{lamp}'
             f'<p class="subtitle">{_subtitle(run)}</p></div>'
@@ -144,10 +140,12 @@ def _ladder(run: Run) -> str:
 
 def _fact_values(run: Run) -> dict[str, str]:
     """The last row's numbers that a person asks for first."""
-    last = run.steps[run.last_step] if run.steps else {}
+    last: dict[str, float] = {}  # not every step moves every role
+    for step in sorted(run.steps):
+        last |= {key: value for key, value in run.steps[step].items() if isinstance(value, int | float)}
     seconds = [row["step_seconds"] for row in run.steps.values() if isinstance(row.get("step_seconds"), int | float)]
     facts = {"Steps": f"{run.last_step:,}" if run.steps else "–"}
-    facts |= {title(key): short(last[key]) for key in last if "loss" in key and isinstance(last[key], int | float)}
+    facts |= {title(key): short(last[key]) for key in last if "loss" in key}
     if seconds:
         facts |= {
             "Seconds per step": short(sorted(seconds)[len(seconds) // 2]),
@@ -165,8 +163,8 @@ def _facts(runs: Sequence[Run]) -> str:
         items = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>"
                         for name, value in found[0].items())  # fmt: skip
         return f'<dl class="facts">{items}</dl>'
-    names = dict.fromkeys(name for facts in found for name in facts)
-    rows = [(name, *(facts.get(name, "–") for facts in found)) for name in names]
+    known = dict.fromkeys(name for facts in found for name in facts)
+    rows = [(name, *(facts.get(name, "–") for facts in found)) for name in known]
     return table(("", *letters(runs)), rows, "Figures of both runs")
 
 
@@ -183,8 +181,8 @@ def _curves(runs: Sequence[Run], drawn: Sequence[Chart]) -> str:
     blocks: dict[bool, list[str]] = {True: [], False: []}
     for index, chart in enumerate(drawn):
         lasts = [next((value for value in reversed(curve.values) if value is not None), None) for curve in chart.curves]
-        names = _labels(chart, runs)
-        words = ", ".join(f"{name} {short(value, chart.unit)}" for name, value in zip(names, lasts, strict=True))
+        labels = _labels(chart, runs)
+        words = ", ".join(f"{name} {short(value, chart.unit)}" for name, value in zip(labels, lasts, strict=True))
         label = f"{title(chart.title)} over {len(chart.x)} points up to step {chart.x[-1]:g}; last: {words}"
         blocks[chart.main].append(
             f'<figure class="chart"><figcaption>{escape(title(chart.title))}</figcaption>'
@@ -241,10 +239,10 @@ def _difference(runs: Sequence[Run]) -> str:
     if not all(run.config for run in runs):
         return empty("config.resolved.json is not there for both runs.")
     values = [_flat({key: entry.get("value") for key, entry in run.config.items()}) for run in runs]
-    names = dict.fromkeys(name for found in values for name in found)
-    rows = [(name, *(_public(name, found.get(name, "–")) for found in values)) for name in names
+    known = dict.fromkeys(name for found in values for name in found)
+    rows = [(name, *(_public(name, found.get(name, "–")) for found in values)) for name in known
             if values[0].get(name, "–") != values[1].get(name, "–")]  # fmt: skip
-    same = f"{len(names) - len(rows)} options are the same."
+    same = f"{len(known) - len(rows)} options are the same."
     return (table(("option", *letters(runs)), rows, "Options that differ") if rows else "") + empty(same)
 
 
@@ -282,8 +280,8 @@ def _environment(runs: Sequence[Run]) -> str:
     found = [_environment_of(run) for run in runs]
     if not any(found):
         return empty("The start of the run was not logged.")
-    names = dict.fromkeys(name for facts in found for name in facts)
-    rows = [(name, *(facts.get(name, "–") for facts in found)) for name in names]
+    known = dict.fromkeys(name for facts in found for name in facts)
+    rows = [(name, *(facts.get(name, "–") for facts in found)) for name in known]
     head = ("what", "value") if len(runs) == 1 else ("what", *letters(runs))
     return table(head, rows, "Environment")
 

@@ -45,7 +45,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
     """Every number that the runs logged, kindred ones on one chart, losses first."""
     merged: dict[str, Chart] = {}
     for position, run in enumerate(runs):
-        for chart in _of_run(run, position):
+        for chart in filter(lambda chart: chart.curves, _of_run(run, position)):
             merged[chart.title] = _overlaid(merged[chart.title], chart) if chart.title in merged else chart
     titles = list(merged)
     return sorted(merged.values(), key=lambda chart: (_rank(chart.title), titles.index(chart.title)))

@@ -48,6 +48,12 @@ def letters(runs: Sequence[Run]) -> list[str]:
     return list(LETTERS[: len(runs)]) if len(runs) > 1 else [""]
 
 
+def names(runs: Sequence[Run]) -> list[str]:
+    """What the runs are called; by their folders where that is the same."""
+    found = [run.name for run in runs]
+    return found if len(set(found)) == len(runs) else [run.folder.resolve().name for run in runs]
+
+
 def url(file: str, run: Run, page: Path) -> str:
     """From the folder of the page to a file of the run."""
     return quote(os.path.relpath(run.folder.resolve() / file, page).replace(os.sep, "/"))

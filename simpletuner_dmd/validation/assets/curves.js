@@ -10,7 +10,7 @@ const curves = (() => {
 
   const number = (value, unit) => {
     if (value == null) return "–";
-    if (unit === "bytes") return `${(value / 2 ** 30).toPrecision(3)} GiB`;
+    if (unit === "bytes") return `${(value / 2 ** 30).toPrecision(4)} GiB`;
     const size = Math.abs(value);
     if (size && (size < 1e-3 || size >= 1e5)) return value.toExponential(1).replace("e+", "e");
     return String(Number(value.toPrecision(4)));
@@ -52,7 +52,8 @@ const curves = (() => {
     const series = [{ label: "Step", value: step }];
     const names = [...new Set(chart.names)];
     chart.labels.forEach((label, k) => {
-      const stroke = colour(`--series-${names.indexOf(chart.names[k]) % COLOURS + 1}`);
+      const own = chart.labels.length <= COLOURS ? k : names.indexOf(chart.names[k]);
+      const stroke = colour(`--series-${own % COLOURS + 1}`);
       const shared = { value, spanGaps: true, stroke, points: { show: chart.x.length < 30, size: 6 } };
       if (raw(chart)) series.push({ ...shared, label, stroke: stroke + "55", width: 1, points: { show: false } });
       series.push({ ...shared, label: raw(chart) ? "mean" : label, width: 2, dash: chart.runs[k] ? [7, 5] : [] });
@@ -70,9 +71,10 @@ const curves = (() => {
       font: "12px system-ui, sans-serif" };
     plots.set(index, new uPlot({
       width: box.clientWidth, height: HEIGHT, series: seriesOf(chart, colour),
+      legend: { markers: { dash: (plot, k) => (plot.series[k].dash?.length ? "dashed" : "solid") } },
       cursor: { sync: { key: "step", scales: ["x", null] }, y: false },
       scales: { x: { time: false } },
-      axes: [{ ...axis, size: 32 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
+      axes: [{ ...axis, size: 32 }, { ...axis, size: chart.unit ? 74 : 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
     }, columnsOf(chart), box));
   }
 
