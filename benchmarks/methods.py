@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner_dmd.cli.assemble import Assembly
-from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
+from simpletuner_dmd.cli.saved import SavedStudent, open_checkpoint, open_run
 from simpletuner_dmd.demo import measures, shapes
 from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.durable import write_json, write_text, write_through
@@ -254,7 +254,9 @@ def measure(folder: Path, samples: int, seeds: int, cache: Path) -> dict[str, An
 
     state = open_checkpoint(folder, "latest")
     fresh, _ = assembly.roles()
-    with student_of(assembly, state, raw=False) as (roles, _), evaluating(roles):
+    saved = SavedStudent(assembly, state, raw=False)
+    roles = saved.roles
+    with saved.best(), evaluating(roles):
         for seed in range(seeds):
             reference = world.teachers(roles.teacher, 2 * seed, guidance)
             other = world.teachers(roles.teacher, 2 * seed + 1, guidance)

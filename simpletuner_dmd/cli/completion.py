@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from simpletuner_dmd.cli.common import module_of
+
 SHELLS = ("bash", "zsh", "fish")
 ASKED = "_ARGCOMPLETE"  # set by the shell when it wants an answer
 
@@ -36,7 +38,7 @@ def whole_parser(verbs: dict[str, tuple[str, str]]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers()
     for verb, (summary, _) in verbs.items():
         command = commands.add_parser(verb, help=summary)
-        importlib.import_module(f"simpletuner_dmd.cli.{verb}").add_arguments(command)
+        importlib.import_module(module_of(verb)).add_arguments(command)
         if command.get_default("overrides") is not None:
             command.add_argument("overrides", nargs="*").completer = _overrides  # type: ignore[attr-defined]
         for action in command._actions:

@@ -18,12 +18,13 @@ from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.durable import write_json
 from simpletuner_dmd.training.checkpoint import checkpoint_name, mark_best
-from simpletuner_dmd.training.tracking import METRICS, Tracking
+from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer
 from simpletuner_dmd.validation.evaluation import CriticCheck, check_critic, denoising_losses, evaluation_row
 from simpletuner_dmd.validation.health import GREEN, RED, Knobs, Light, Signs, judge, score, worst
 from simpletuner_dmd.validation.measures import Specimen, against, rms_difference, summary
 from simpletuner_dmd.validation.render import FOLDER, Renderer, Rendering, Scene
+from simpletuner_dmd.validation.report_data import recorded
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.roles import Roles
 
@@ -162,7 +163,8 @@ class Judge:
             return None
         for row in whole.rows:
             self.tracking.event("validation", **row)
-            self.tracking.video(step, f"{kind}/{row['name']}", self.output_dir / row["file"])
+            path = self.output_dir / row["file"]  # trackers keep one video per name and step; a prompt may have several
+            self.tracking.video(step, f"{kind}/{path.stem.removesuffix('-ema')}", path)
         specimens: list[Specimen] = [whole.specimens[number] for number in sorted(whole.specimens)]
         found = summary(specimens)
         teacher = self.references.get("teacher")
@@ -279,7 +281,7 @@ class Judge:
     def _rungs(self) -> tuple[int, int] | None:
         """(steps of the ladder that carried a gradient since this was last asked, all of them), from the log; None
         while there are too few updates to tell."""
-        rows = [row for row in _rows(self.output_dir / METRICS, "step") if row["step"] > self._judged_at]
+        rows = [row for row in recorded(self.output_dir, "step") if row["step"] > self._judged_at]
         exits = [row["exit_rung"] for row in rows if row.get("exit_rung") is not None]
         rungs = len(self.assembly.schedule.ladder)
         # Of few updates some steps may be missing by chance: of 18 updates one of three is, in 0.2% of all cases.
@@ -301,18 +303,11 @@ class Judge:
 
     def _recall(self) -> None:
         """What the log of the steps before a resume says."""
-        for row in _rows(self.output_dir / METRICS, "health"):
+        for row in recorded(self.output_dir, "health"):
             self._judged_at = row["step"]
             self._colours = {light["name"]: light["colour"] for light in row["lights"]}
             if row.get("best"):
                 self._best = row["score"]
-
-
-def _rows(path: Path, event: str) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [row for line in lines if (row := json.loads(line)).get("event") == event]
 
 
 def _read(path: Path) -> dict[str, Any]:

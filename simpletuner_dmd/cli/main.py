@@ -11,7 +11,7 @@ import sys
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli import completion
-from simpletuner_dmd.cli.common import INTERRUPTED
+from simpletuner_dmd.cli.common import INTERRUPTED, module_of
 
 # verb -> (what it does, an example)
 VERBS = {
@@ -24,6 +24,11 @@ VERBS = {
     ),
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
+    "extract-lora": (
+        "make a LoRA of what a full student changed (lossy)",
+        "simpletuner extract-lora output/my-run --rank 64",
+    ),
+    "push": ("upload a finished run to the Hub", "simpletuner push output/my-run"),
     "report": (
         "make the page of a run anew, compare two runs, or watch one train",
         "simpletuner report output/my-run --serve",
@@ -63,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Parses the verb's own arguments and runs it. What a verb with a configuration does not know is an override."""
-    module = importlib.import_module(f"simpletuner_dmd.cli.{verb}")
+    module = importlib.import_module(module_of(verb))
     summary, example = VERBS[verb]
     parser = argparse.ArgumentParser(
         prog=f"simpletuner {verb}",

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -136,23 +137,59 @@ def _kohya_module(name: str) -> str:
     raise ValueError(f"{name!r} is no layer of a Wan transformer")
 
 
+class LayerChanges:
+    """What an adapter adds to each layer at strength 1, in fp32, computed when it is asked for.
+
+    transformer: where lycoris finds the layers; without weights (on the meta device) is enough. Iterates over the
+    layers' names. Raises UserError for a DoRA, and for modules that the transformer has not.
+    """
+
+    def __init__(self, adapter: AdapterFile, transformer: torch.nn.Module) -> None:
+        self._tensors = adapter.tensors
+        self._modules: dict[str, Any] = {}
+        if adapter.kind == "lora":
+            if any(MAGNITUDE in name for name in adapter.tensors):
+                raise UserError(
+                    f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first"
+                )
+            names = (name for name in sorted(adapter.tensors) if name.endswith(".lora_A.weight"))
+            self._layers = [name.removesuffix(".lora_A.weight") for name in names]
+            return
+        import lycoris as library
+
+        network, _ = library.create_lycoris_from_weights(1.0, "", transformer, weights_sd=dict(adapter.tensors))
+        layers = {f"{lycoris.PREFIX}{name}".replace(".", "_"): name for name, _ in transformer.named_modules()}
+        if unknown := set(lycoris.by_module(adapter.tensors)) - {module.lora_name for module in network.loras}:
+            raise UserError(f"{adapter.path} has modules that this model has not, for example {sorted(unknown)[0]}")
+        self._modules = {layers[module.lora_name]: module for module in network.loras}
+        self._layers = list(self._modules)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._layers
+
+    @torch.no_grad()
+    def of(self, layer: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(change of the weight, change of the bias or None). weight: the layer's own, where the transformer has none:
+        a rotation's change depends on it."""
+        module = self._modules.get(layer)
+        if module is None:
+            return self._tensors[f"{layer}.lora_B.weight"] @ self._tensors[f"{layer}.lora_A.weight"], None
+        held = module.org_module[0]
+        before = held.weight
+        try:
+            if weight is not None:
+                held.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            change, bias = module.get_diff_weight(1.0)
+        finally:
+            held.weight = before
+        return change, bias
+
+
 def changes(adapter: AdapterFile, transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(layer, change of its weight, change of its bias or None) at strength 1, in fp32, layer by layer."""
-    if adapter.kind == "lora":
-        if any(MAGNITUDE in name for name in adapter.tensors):
-            raise UserError(f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first")
-        for name in sorted(adapter.tensors):
-            if name.endswith(".lora_A.weight"):
-                layer = name.removesuffix(".lora_A.weight")
-                yield layer, adapter.tensors[f"{layer}.lora_B.weight"] @ adapter.tensors[name], None
-        return
-    import lycoris as library
-
-    network, _ = library.create_lycoris_from_weights(1.0, "", transformer, weights_sd=dict(adapter.tensors))
-    layers = {f"{lycoris.PREFIX}{name}".replace(".", "_"): name for name, _ in transformer.named_modules()}
-    if unknown := set(lycoris.by_module(adapter.tensors)) - {module.lora_name for module in network.loras}:
-        raise UserError(f"{adapter.path} has modules that this model has not, for example {sorted(unknown)[0]}")
-    with torch.no_grad():
-        for module in network.loras:
-            weight, bias = module.get_diff_weight(1.0)
-            yield layers[module.lora_name], weight, bias
+    found = LayerChanges(adapter, transformer)
+    for layer in found:
+        yield layer, *found.of(layer)

@@ -17,6 +17,7 @@ GREEN, YELLOW, RED = "green", "yellow", "red"
 COLOURS = (GREEN, YELLOW, RED)
 SCORED = ("saturation", "contrast", "detail", "motion", "latent_std", "prompt_diversity")
 WORST_QUOTIENT = 8.0  # a quotient beyond this, or its inverse, says no more than "very far"
+NO_WORSE = 0.05  # of ln quotient: a student that has hardly moved is not worse than where it began
 PENALTY = {GREEN: 0.0, YELLOW: 0.25, RED: 1.0}
 
 
@@ -124,7 +125,7 @@ def _relative(name: str, value: float, start: float | None, band: Band, sentence
     if colour == GREEN:
         return Light(name, GREEN, value, band, _fine(name, value))
     off, off_before = _log(value), 0.0 if start is None else _log(start)
-    if off * off_before > 0 and abs(off) <= abs(off_before):
+    if off * off_before > 0 and abs(off) <= abs(off_before) + NO_WORSE:
         said = f"{name} is {value:.0%} of the teacher's, and was {start:.0%} before training: on its way"
         return Light(name, GREEN, value, band, said)
     return Light(name, colour, value, band, sentence)

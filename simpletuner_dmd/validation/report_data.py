@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+METRICS = "metrics.jsonl"
 KINDS = ("teacher", "undistilled", "student", "student-ema")
 KIND_TITLES = {"teacher": "Teacher", "undistilled": "Undistilled", "student": "Student", "student-ema": "Student (EMA)"}
 FIGURES = ("measures", "critic", "evaluation", "health")
@@ -82,7 +83,7 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads metrics.jsonl, config.resolved.json and export/distill.json of a run."""
     run = Run(folder)
-    for row in _read_lines(folder / "metrics.jsonl"):
+    for row in _read_lines(folder / METRICS):
         event = row.get("event", "step" if "step" in row else "")
         step = row.get("step")
         if event == "step" and isinstance(step, int):
@@ -147,6 +148,11 @@ def _inside(folder: Path, name: str) -> bool:
     """Whether the file is there, below the folder, and not named by an absolute path or a way out."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()
+
+
+def recorded(folder: Path, event: str) -> Iterator[Row]:
+    """The rows of one kind in a run's metrics.jsonl, in order; none where there is no file."""
+    return (row for row in _read_lines(folder / METRICS) if row.get("event") == event)
 
 
 def _read_lines(path: Path) -> Iterable[Row]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import VideoCodec
@@ -68,6 +69,21 @@ def test_a_run_measures_its_student_and_keeps_the_best(make_project: ProjectMake
     assert (project.output / "checkpoints" / "best").read_text().strip() == f"checkpoint-{best:06d}"
     assert not project.rows("validation_failed")
 
+    # Trackers keep one video per name and step, and every one is sent.
+    sent = [(row["step"], row["name"]) for row in project.rows("video")]
+    assert len(set(sent)) == len(sent) == len(rows)
+
+    # The card tells the health of what is exported.
+    earlier = project.folder / "earlier"
+    assert main(["export", str(project.output), "--checkpoint", "checkpoint-000002", "--out", str(earlier)]) == 0
+    for step, export in ((4, project.output / "export"), (2, earlier)):
+        told = json.loads((export / "distill.json").read_text(encoding="utf-8"))["health"]
+        assert told == [{key: light[key] for key in ("colour", "name", "sentence")} for light in health[step]["lights"]]
+        shown = {path.name for path in (export / "videos").iterdir()}
+        assert shown == {Path(row["file"]).name for row in rows if row["step"] == step}
+        card = (export / "README.md").read_text(encoding="utf-8")
+        assert "## Health at the last validation" in card and f"| {told[0]['colour']} {told[0]['name']} |" in card
+
     # From the best, with the same references: nothing is rendered twice.
     assert project.train("resume_from_checkpoint=best", "max_train_steps=6") == 0
     assert project.rows("start")[-1]["resumed_at"] == best
@@ -97,10 +113,11 @@ def test_a_decoder_that_fails_changes_nothing_but_the_log(
 def test_a_red_light_stops_where_asked(make_project: ProjectMaker, capsys: pytest.CaptureFixture[str]) -> None:
     # Whatever the motion of random weights is, it is outside this band.
     options = {**LOOKING, "health_bands": {"stability": [None, None, -2, -1]}, "health_on_red": "stop",
-               "health_grace_steps": 0, "checkpoint_step_interval": 100}  # fmt: skip
+               "health_grace_steps": 0, "checkpoint_step_interval": 100, "push_checkpoints_to_hub": True}  # fmt: skip
     project = make_project(**options)
     assert project.train() == 3
-    assert project.checkpoints == ["checkpoint-000002"] and not (project.output / "export").exists()
+    assert project.checkpoints == ["checkpoint-000002"] and not list(project.output.glob("export*"))
+    assert not (project.output / "hub-queue.json").exists()  # nor does a stopped student leave the machine
     (stopped,) = project.rows("stopped")
     assert stopped["step"] == 2 and "lower learning_rate" in stopped["reason"]
     assert "Stopped at step 2 by a red light" in capsys.readouterr().out

@@ -60,6 +60,7 @@ def test_no_alarm_on_the_way_from_the_undistilled_model():
     found = lights(start=early, saturation=0.52, motion=0.2)
     assert found["saturation"].colour == GREEN and "on its way" in found["saturation"].sentence
     assert found["motion"].colour == RED  # worse than where it began
+    assert lights(start=early, saturation=0.49)["saturation"].colour == GREEN  # hardly moved
     assert lights(start=early, saturation=2.0)["saturation"].colour == RED  # past the teacher, out on the other side
 
 
