@@ -34,6 +34,8 @@ from simpletuner_dmd.training.progress import Progress, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 
 CHECKPOINTS = "checkpoints"
+MODULES = {"attn": "attention", "ffn": "feed_forward"}
+"""Part of a parameter's name → the module its gradient is logged under; what has neither is "other"."""
 
 
 class Batches(Protocol):
@@ -67,11 +69,15 @@ class RoleOptimizer:
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def update(self, accelerator: Any) -> float:
-        """Averages the gradients over ranks, clips, steps; returns the gradient's norm before clipping."""
+    def update(self, accelerator: Any) -> dict[str, float]:
+        """Averages the gradients over ranks, clips, steps.
+
+        Returns the gradient's norm before clipping as "grad_norm", and that of each kind of module as
+        "grad_norm_attention", "grad_norm_feed_forward" and "grad_norm_other", those that there are.
+        """
         _average(self.tensors, accelerator)
-        gradients = [parameter.grad for parameter in self.tensors if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norms = _norms(self.parameters)
+        norm = norms["grad_norm"]
         if not math.isfinite(norm):
             raise FloatingPointError("a gradient is not finite")
         if self.clip > 0:
@@ -83,7 +89,22 @@ class RoleOptimizer:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        return norm
+        return norms
+
+
+def _norms(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Every gradient is read once: the whole norm follows from those of the modules."""
+    groups: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in parameters:
+        if parameter.grad is not None:
+            module = next((title for part, title in MODULES.items() if part in name), "other")
+            groups[module].append(parameter.grad)
+    if not groups:
+        return {"grad_norm": 0.0}
+    norms = torch.stack([torch.nn.utils.get_total_norm(gradients).float() for gradients in groups.values()]).tolist()
+    return {"grad_norm": math.hypot(*norms)} | {
+        f"grad_norm_{name}": norm for name, norm in zip(groups, norms, strict=True)
+    }
 
 
 def _average(parameters: list[nn.Parameter], accelerator: Any) -> None:
@@ -297,7 +318,7 @@ class Trainer:
             values[f"{turn.role}_lr"] = role.lr
             self._untouched = False
             try:
-                norms[f"{turn.role}_grad_norm"] = role.update(self.accelerator)
+                norms |= {f"{turn.role}_{name}": norm for name, norm in role.update(self.accelerator).items()}
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"step {step}: the {turn.role}'s gradient is not finite ({dict(values)}); the last checkpoint is "
