@@ -108,7 +108,8 @@ def test_weak_to_strong(make_project: ProjectMaker, monkeypatch: pytest.MonkeyPa
         calls: list[None] = []
 
         def counted(*args: Any, calls: list[None] = calls, **kwargs: Any) -> Any:
-            calls.append(None)
+            if kwargs["hidden_states"].device.type != "meta":  # where a run is planned
+                calls.append(None)
             return forward(*args, **kwargs)
 
         with monkeypatch.context() as patch:
