@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
+from simpletuner_dmd.cli.starting import TeacherMerge
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
@@ -24,17 +25,17 @@ from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
-from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import DTYPES, ModelSource, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.loading import DTYPES, Storage, choose_attention, load_transformer, transformer_config
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
-from simpletuner_dmd.wan.quantisation import quantise
+from simpletuner_dmd.wan.parity import Probe
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
+from simpletuner_dmd.wan.sources import ModelSource, borrowed
 from simpletuner_dmd.wan.tread import Route, routing_line
 
 SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
@@ -46,6 +47,8 @@ class Assembly:
 
     loaded: LoadedConfig
     device: torch.device
+    probe_texts: tuple[Tensor, ...] = ()
+    """Rows of a prompt and of the negative one, for the comparison of the quantised base with the dense one."""
 
     @property
     def config(self) -> TrainConfig:
@@ -75,7 +78,7 @@ class Assembly:
         return TextEncoder(
             self.source,
             dtype=self.dtype,
-            precision=self.config.text_encoder_1_precision,
+            storage=self._storage(self.config.text_encoder_1_precision),
             max_length=self.config.tokenizer_max_length,
             device=self.device,
         )
@@ -90,14 +93,26 @@ class Assembly:
             patch=self.network["patch_size"][1],
         )
 
-    def base_transformer(self, *, quantised: bool = True) -> nn.Module:
-        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device."""
+    def _storage(self, precision: str) -> Storage:
+        """How a part in this precision is put together."""
         config = self.config
-        transformer = self._with_teacher_lora(load_transformer(self.source, self.dtype))
-        if quantised and config.base_model_precision != "no_change":
-            quantise(
-                transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
-            )
+        via = self.device if precision != "no_change" and config.quantize_via == "accelerator" else None
+        cache = config.cache_dir_models
+        return Storage(precision, via, None if cache.lower() == "none" else Path(cache).expanduser())
+
+    def base_transformer(self, *, quantised: bool = True, lines: list[str] | None = None) -> nn.Module:
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device.
+
+        lines: takes what there is to say about it.
+        """
+        storage, config = Storage(), self.config
+        if quantised:
+            storage = self._storage(config.base_model_precision)
+        if lines is not None:
+            storage.probe = Probe.of(self.network, self.teacher_sampler.guidance, self.probe_texts)
+        transformer = load_transformer(self.source, self.dtype, storage, self.teacher_lora)
+        if lines is not None:
+            lines += storage.lines
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
@@ -108,7 +123,8 @@ class Assembly:
             place = self.loaded.origins.get("distillation_config.gan_blocks", "")
             if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
                 raise UserError(problems)
-        base = self.base_transformer()
+        lines = borrowed(config)
+        base = self.base_transformer(lines=lines)
         notice = choose_attention(base, config.attention_mechanism)
         adapters = self.adapters()
         owned = [role for role in self._moving_networks() if role not in adapters]
@@ -121,7 +137,7 @@ class Assembly:
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        lines = [notice] if notice else []
+        lines += [notice] if notice else []
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
             lines.append(routing_line(name, routes, depth_of(self.network)))
@@ -171,21 +187,14 @@ class Assembly:
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
-        network = self._with_teacher_lora(load_transformer(self.source, torch.float32)).to(self.device)
+        network = load_transformer(self.source, torch.float32, merge=self.teacher_lora).to(self.device)
         choose_attention(network, self.config.attention_mechanism)
         return network
 
     @cached_property
-    def teacher_lora(self) -> tuple[AdapterFile, float] | None:
-        """The fine-tune that is part of the base, and its strength."""
-        if self.config.teacher_lora is None:
-            return None
-        return open_teacher_lora(self.config.teacher_lora)
-
-    def _with_teacher_lora(self, transformer: nn.Module) -> nn.Module:
-        if self.teacher_lora is not None:
-            merge_adapter(transformer, *self.teacher_lora)
-        return transformer
+    def teacher_lora(self) -> TeacherMerge | None:
+        """The fine-tune that is part of the base."""
+        return None if self.config.teacher_lora is None else TeacherMerge(self.config.teacher_lora)
 
     @property
     def student_adapter(self) -> AdapterSpec | LycorisSpec:

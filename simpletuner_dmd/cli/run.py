@@ -116,6 +116,8 @@ class TrainingRun:
         loaded, config = self.assembly.loaded, self.config
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
+        if scenes:
+            self.assembly.probe_texts = (scenes[0].text.rows_BLD[0], data.negative_text.rows_BLD[0])
         roles, lines = self.assembly.roles()
         checkpoint = self._checkpoint()
         if checkpoint is None and config.init_lora is not None and config.model_type == "lora":

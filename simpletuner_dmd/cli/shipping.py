@@ -10,7 +10,6 @@ from torch import Tensor
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
-from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.export import LowNoiseLora, export_full, export_lora
@@ -74,7 +73,7 @@ class Shipper:
             boundary=config.distillation_config.boundary if config.distillation_config else 0.0,
             vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
-            base_hash=assembly.source.fingerprint("transformer", "transformer"),
+            base_hash=assembly.source.fingerprint("transformer"),
             model_type=config.model_type,
             guidance=assembly.student_sampler.guidance,
             sampling_steps=config.validation_num_inference_steps,
@@ -91,7 +90,7 @@ class Shipper:
             note=config.model_card_note,
             hub_repo=config.hub_model_id or "",
             adapter=config.lora_type,
-            teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
+            teacher_lora=assembly.teacher_lora.record() if assembly.teacher_lora else None,
         )
 
     def _schedule(self, steps: int) -> Schedule:

@@ -145,7 +145,7 @@ def _settings(assembly: Assembly, scan: DatasetScan) -> dict[str, Any]:
     config, sampler = assembly.config, assembly.teacher_sampler
     first: PromptSample = scan.usable[0]  # type: ignore[assignment]
     return {
-        "model": assembly.source.fingerprint("transformer", "transformer"),
+        "model": assembly.source.fingerprint("transformer"),
         "model_name": config.pretrained_model_name_or_path,
         "precision": [config.mixed_precision, config.base_model_precision],
         "vae": assembly.codec.fingerprint,

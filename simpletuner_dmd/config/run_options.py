@@ -40,6 +40,11 @@ def native_size(flavour: str) -> str:
     return NATIVE_SIZE.get(flavour, DEFAULT_SIZE)
 
 
+def is_weight_file(path: str) -> bool:
+    """Whether a model is given as one file of weights."""
+    return path.endswith(".safetensors")
+
+
 def _hub_id(data: dict[str, Any]) -> str:
     return HUB_IDS[data["model_flavour"]]
 
@@ -68,17 +73,27 @@ class ModelOptions(Options):
     )
     pretrained_model_name_or_path: str = Field(
         default_factory=_hub_id,
-        description="The base model: a Hub id or a diffusers pipeline folder; `demo` is the tiny Wan that comes with "
-        "the package. Default: the flavour's own Hub repository.",
+        description="The base model: a Hub id, a diffusers pipeline folder, or a `.safetensors` file of a transformer, "
+        "in diffusers' names or Wan's own; `demo` is the tiny Wan that comes with the package. What a folder or file "
+        "lacks comes from the flavour's own Hub repository, which is the default.",
     )
     pretrained_transformer_model_name_or_path: str | None = Field(
-        None, description="Takes the transformer from another Hub id or folder than the base model."
+        None,
+        description="Takes the transformer from another Hub id, folder or `.safetensors` file than the base model; a "
+        "file's config is the base model's.",
+    )
+    pretrained_transformer_subfolder: Literal["none"] | str = Field(
+        default_factory=lambda data: "transformer_2" if data["model_flavour"].endswith("-low") else "transformer",
+        description="Folder of the transformer inside its model; `none` where it lies in the model's folder itself. "
+        "Default: `transformer`, and `transformer_2` for the `-low` expert.",
     )
     pretrained_vae_model_name_or_path: str | None = Field(
-        None, description="Takes the VAE from another Hub id or folder than the base model."
+        None, description="Takes the VAE from another Hub id, folder or `.safetensors` file than the base model."
     )
     pretrained_t5_model_name_or_path: str | None = Field(
-        None, description="Takes text encoder and tokenizer from another Hub id or folder than the base model."
+        None,
+        description="Takes text encoder and tokenizer from another Hub id or folder than the base model; "
+        "a `.safetensors` file gives the text encoder alone.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
     variant: str | None = Field(None, description="Weight variant of the base model on the Hub, for example `fp16`.")
@@ -137,6 +152,12 @@ class DataOptions(Options):
     )
     framerate: float = Field(
         16.0, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
+    )
+    cache_dir_models: Literal["none"] | str = Field(
+        "cache/models",
+        description="Folder in which quantised weights are kept, so that the next start reads only them: as large as "
+        "what they take in memory. `none` keeps nothing. Each is of one model, precision, `teacher_lora` and library "
+        "version; delete the folder at will.",
     )
     cache_dir_text: str = Field("cache/text", description="Folder of the cached text embeddings.")
     cache_dir_vae: str = Field("cache/vae", description="Folder of the cached latents; each dataset has its own below.")

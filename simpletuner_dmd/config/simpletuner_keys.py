@@ -41,7 +41,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
+    **_each("teacher_model_name_or_path "
             "optimizer_config eval_dataset_id eval_steps_interval gan_config "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
@@ -146,16 +146,12 @@ VIDEO_ABSENT_KEYS: dict[str, Absent] = {
     "bucket_strategy": Absent("videos are grouped by aspect ratio", off=(*OFF, "aspect_ratio")),
 }
 
-_LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb")
-
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
     "optimizer": _words(
         "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
         "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged"
     ),
-    "base_model_precision": _LATER_PRECISIONS,
-    "text_encoder_1_precision": _LATER_PRECISIONS,
     "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
 }

@@ -6,7 +6,7 @@ What comes out is right at strength 1: alphas are folded into the factors.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,23 +134,56 @@ def _kohya_module(name: str) -> str:
     raise ValueError(f"{name!r} is no layer of a Wan transformer")
 
 
-def changes(adapter: AdapterFile, transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """(layer, change of its weight, change of its bias or None) at strength 1, in fp32, layer by layer."""
-    if adapter.kind == "lora":
+class Changes:
+    """What an adapter adds to the layers of a transformer, at strength 1 and in fp32, one layer at a time.
+
+    The transformer may be without weights yet: only a layer that is asked about needs its own.
+    """
+
+    def __init__(self, adapter: AdapterFile, transformer: torch.nn.Module) -> None:
+        """Raises UserError for what cannot be merged, or is of another model."""
         if any(MAGNITUDE in name for name in adapter.tensors):
             raise UserError(f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first")
-        for name in sorted(adapter.tensors):
-            if name.endswith(".lora_A.weight"):
-                layer = name.removesuffix(".lora_A.weight")
-                yield layer, adapter.tensors[f"{layer}.lora_B.weight"] @ adapter.tensors[name], None
-        return
-    import lycoris as library
+        self.adapter = adapter
+        linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        self._own = {_in_file(adapter, name): name for name in linear}
+        self._modules = _by_layer(adapter)
+        if unknown := sorted(self._modules.keys() - self._own.keys()):
+            raise UserError(
+                f"{adapter.path} does not fit this model: it changes {unknown[0]}, which is no layer of it",
+                key="teacher_lora",
+                fix="name an adapter that was trained on this size of Wan",
+            )
 
-    network, _ = library.create_lycoris_from_weights(1.0, "", transformer, weights_sd=dict(adapter.tensors))
-    layers = {f"{lycoris.PREFIX}{name}".replace(".", "_"): name for name, _ in transformer.named_modules()}
-    if unknown := set(lycoris.by_module(adapter.tensors)) - {module.lora_name for module in network.loras}:
-        raise UserError(f"{adapter.path} has modules that this model has not, for example {sorted(unknown)[0]}")
-    with torch.no_grad():
-        for module in network.loras:
-            weight, bias = module.get_diff_weight(1.0)
-            yield layers[module.lora_name], weight, bias
+    @torch.no_grad()
+    def of(self, name: str, layer: torch.nn.Linear) -> tuple[Tensor | None, Tensor | None]:
+        """(change of the weight, change of the bias) of the layer with this name; None where there is none."""
+        inside = _in_file(self.adapter, name)
+        tensors = self._modules.get(inside)
+        if tensors is None:
+            return None, None
+        if self.adapter.kind == "lora":
+            return tensors["lora_B.weight"] @ tensors["lora_A.weight"], None
+        import lycoris as library
+
+        # lycoris names a module after its place in the model: here one layer stands alone under that name.
+        alone = torch.nn.ModuleDict({inside.removeprefix(lycoris.PREFIX): layer})
+        own = {f"{inside}.{inner}": tensor for inner, tensor in tensors.items()}
+        network, _ = library.create_lycoris_from_weights(1.0, "", alone, weights_sd=own)
+        weight, bias = network.loras[0].get_diff_weight(1.0)
+        return weight, bias
+
+
+def _in_file(adapter: AdapterFile, name: str) -> str:
+    """What the adapter calls a layer."""
+    return name if adapter.kind == "lora" else lycoris.PREFIX + name.replace(".", "_")
+
+
+def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    if adapter.kind == "lycoris":
+        return {name: dict(tensors) for name, tensors in lycoris.by_module(adapter.tensors).items()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        layer, _, factor = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[f"lora_{factor}"] = tensor
+    return layers

@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.wan.loading import ModelSource, load_text_encoder, load_vae, vae_config
-from simpletuner_dmd.wan.quantisation import quantise
+from simpletuner_dmd.wan.loading import Storage, load_text_encoder, load_vae, vae_config
+from simpletuner_dmd.wan.sources import ModelSource
 
 
 class TextEncoder:
     """UMT5 as a callable: prompts -> real rows of their embeddings."""
 
     def __init__(
-        self, source: ModelSource, *, dtype: torch.dtype, precision: str, max_length: int, device: torch.device
+        self, source: ModelSource, *, dtype: torch.dtype, storage: Storage, max_length: int, device: torch.device
     ) -> None:
-        self.source, self.dtype, self.precision = source, dtype, precision
+        self.source, self.dtype, self.storage = source, dtype, storage
         self.max_length, self.device = max_length, device
         self._loaded: tuple[Any, nn.Module] | None = None
 
     @property
     def fingerprint(self) -> str:
-        weights = self.source.fingerprint("text_encoder", "text_encoder")
-        return f"umt5:{weights}:{self.dtype}:{self.precision}:{self.max_length}"
+        weights = self.source.fingerprint("text_encoder")
+        return f"umt5:{weights}:{self.dtype}:{self.storage.precision}:{self.max_length}"
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[Tensor]:
@@ -39,8 +39,7 @@ class TextEncoder:
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
         if self._loaded is None:
-            tokenizer, encoder = load_text_encoder(self.source, self.dtype)
-            quantise(encoder, self.precision)
+            tokenizer, encoder = load_text_encoder(self.source, self.dtype, self.storage)
             self._loaded = tokenizer, encoder.to(self.device)
         tokenizer, encoder = self._loaded
         tokens = tokenizer(
@@ -70,7 +69,7 @@ class VideoCodec:
 
     @property
     def fingerprint(self) -> str:
-        return f"wan-vae:{self.source.fingerprint('vae', 'vae')}"
+        return f"wan-vae:{self.source.fingerprint('vae')}"
 
     @property
     def config(self) -> dict[str, Any]:
