@@ -81,7 +81,9 @@ class Checkpoint:
                 place = found.pop(alias)
                 found.setdefault(name, place)
         if convert is not None and not shapes.keys() <= found.keys():
-            found = dict(convert(dict(found)))
+            converted = dict(convert(dict(found)))
+            if len(shapes.keys() & converted.keys()) > len(shapes.keys() & found.keys()):
+                found = converted
         missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
         if missing:
             raise self._unfit(f"it lacks {len(missing)} of {len(shapes)} tensors, for example {missing[0]}",
@@ -119,7 +121,7 @@ class Checkpoint:
         return sorted({place.file for place in self.places.values()})
 
     def fingerprint(self) -> str:
-        """Names the content by the files' sizes, times and ends, and by the hash that the Hub's cache stores them as."""
+        """Names the content by the files' sizes, times and ends, and by the hash the Hub's cache stores them as."""
         digest = hashlib.blake2b(digest_size=16)
         for file in self.files:
             real = file.resolve()

@@ -147,7 +147,7 @@ def _fill(
             return
     drive = None if storage.probe is None else storage.probe.velocities
     dense = stream(model, checkpoint, precision, scheme=scheme, merge=merge, via=storage.via, drive=drive)
-    # Before the first forward: bitsandbytes repacks its weights for the kernel that it finds there.
+    # Before the first forward, in which some kernels keep things of their own on a layer.
     notes = None if entry is None else entry.write_tensors(model, scheme, storage.lines)
     if storage.probe is not None and dense is not None:
         _tell(storage, storage.probe.compare(storage.precision, dense, storage.probe.velocities(model)))

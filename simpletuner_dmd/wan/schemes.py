@@ -139,8 +139,11 @@ class Nf4(Scheme):
 
         dtype = layer.weight.dtype
         # The storage has the dtype of the dense weight, because models ask a weight's dtype before they cast to it.
-        return Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
-                          quant_type="nf4", quant_storage=dtype, device="meta")  # fmt: skip
+        module = Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype,
+                            quant_type="nf4", quant_storage=dtype, device="meta")  # fmt: skip
+        # Else the first forward in eval mode on such a CPU packs the weight for a kernel without a backward, for good.
+        module.support_avx512bf16_for_cpu = False
+        return module
 
     def quantise(self, layer: nn.Linear) -> nn.Module:
         from bitsandbytes.nn import Params4bit
