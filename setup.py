@@ -39,6 +39,9 @@ DEPENDENCIES = [
 
 PYARROW = "pyarrow>=18,<28"
 S3FS = "s3fs>=2025.3"
+# torchao's own form of tensors in files is young: only this version was tried.
+TORCHAO = "torchao>=0.18,<0.19"
+BITSANDBYTES = "bitsandbytes>=0.50,<1"
 
 EXTRAS = {
     # The marker repeats what finding CUDA implies, for those who ask for the extra by name.
@@ -49,6 +52,8 @@ EXTRAS = {
     "rocm": [],
     "apple": [],
     "cpu": [],
+    # The `-torchao` and `-bnb` precisions; the `-quanto` ones need nothing more.
+    "quantisation": [TORCHAO, BITSANDBYTES],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
     # Parquet is what Hub datasets and large caption tables are stored in; most runs need neither.
