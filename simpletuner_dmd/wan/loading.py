@@ -97,7 +97,6 @@ def load_text_encoder(source: ModelSource, dtype: torch.dtype, storage: Storage 
     # As transformers reads it: what would overflow in fp16 stays in fp32, bf16 needs no such care.
     kept = UMT5EncoderModel._keep_in_fp32_modules if dtype == torch.float16 else ()
     _fill("text_encoder", model, fitted, Precision(dtype, frozenset(kept)), storage or Storage(), None)
-    model.tie_weights()  # again, to the table that is there now
     if not bool(model.get_input_embeddings().weight.any()):
         # Seen in converted checkpoints: every prompt then embeds alike, without any error.
         raise UserError(
@@ -126,6 +125,7 @@ def _fill(
     """Puts the weights in the storage wanted: out of the cache where it has them, else from the checkpoint."""
     if storage.precision == "no_change":
         stream(model, checkpoint, precision, merge=merge, via=storage.via)
+        _tie(model)
         return
     if problem := scheme_problem(storage.precision, storage.via or torch.device("cpu"), PRECISION_KEYS[part]):
         raise UserError([problem])
@@ -142,11 +142,13 @@ def _fill(
         entry = Entry(storage.cache, facts)
         if (document := entry.find()) is not None:
             restore(model, entry.checkpoint(), scheme, precision, document["notes"], storage.via)
+            _tie(model)
             storage.lines.append(f"the {part} is read quantised from {entry.file}")
             _tell(storage, Parity.from_document(document["parity"]))
             return
     drive = None if storage.probe is None else storage.probe.velocities
     dense = stream(model, checkpoint, precision, scheme=scheme, merge=merge, via=storage.via, drive=drive)
+    _tie(model)
     # Before the first forward, in which some kernels keep things of their own on a layer.
     notes = None if entry is None else entry.write_tensors(model, scheme, storage.lines)
     if storage.probe is not None and dense is not None:
@@ -154,6 +156,12 @@ def _fill(
     if entry is not None and notes is not None:
         parity = None if storage.parity is None else storage.parity.document()
         entry.write_document({"notes": notes, "parity": parity}, storage.lines)
+
+
+def _tie(model: nn.Module) -> None:
+    """A tensor that is in two places of the model is the one that was filled, in both."""
+    if (tie := getattr(model, "tie_weights", None)) is not None:
+        tie()
 
 
 def _tell(storage: Storage, parity: Parity | None) -> None:

@@ -7,6 +7,8 @@ before its own turn and quantised after it, so that the dense velocity costs a p
 
 from __future__ import annotations
 
+import ctypes
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.wan.checkpoints import Checkpoint
-from simpletuner_dmd.wan.quantisation import BLOCK_LISTS, in_blocks, quantise_layer
+from simpletuner_dmd.wan.quantisation import BLOCK_LISTS, in_blocks, linear_layers, quantise_layer
 from simpletuner_dmd.wan.schemes import Scheme
 
 T = TypeVar("T")
@@ -87,52 +89,64 @@ def stream(
         merge.start(model)
     groups = groups_of(checkpoint.places)
 
-    def fill(group: str) -> None:
-        for name, tensor in checkpoint.read(groups[group]).items():
+    def fill(names: Sequence[str]) -> None:
+        for name in names:  # one by one: what a file maps is given back before the next
+            tensor = checkpoint.read([name])[name]
             if tensor.is_floating_point():
                 tensor = tensor.to(precision.of(name))
             put(model, name, tensor if via is None else tensor.to(via))
         if merge is not None:
-            for name, layer in _linear_layers(model, group):
-                merge(name, layer)
+            for name in _linear_layers(model, names):
+                merge(name, model.get_submodule(name))  # type: ignore[arg-type]
 
-    def quantise_group(group: str) -> None:
+    def quantise_these(names: Sequence[str]) -> None:
         if scheme is not None:
-            for name, _ in _linear_layers(model, group):
+            for name in _linear_layers(model, names):
                 quantise_layer(model, name, scheme)
+            give_back()
 
-    fill("")
-    blocks = [group for group in groups if group]
+    fill(groups.pop(""))
     if drive is None or scheme is None:
-        for group in blocks:
-            fill(group)
-            quantise_group(group)
+        for names in groups.values():
+            for layer in _by_owner(names):
+                fill(layer)
+                quantise_these(layer)
         return None
     if via is not None:
         for name, buffer in list(model.named_buffers()):
             put(model, name, buffer.to(via))
-    return _driven(model, blocks, fill, quantise_group, drive)
+    return _driven(model, groups, fill, quantise_these, drive)
 
 
 def _driven(
     model: nn.Module,
-    blocks: Sequence[str],
-    before: Callable[[str], None],
-    after: Callable[[str], None],
+    groups: Mapping[str, list[str]],
+    before: Callable[[list[str]], None],
+    after: Callable[[list[str]], None],
     drive: Callable[[nn.Module], T],
 ) -> T:
     """`before` and `after` around the only forward of each block."""
     handles = []
-    for group in blocks:
+    for group, names in groups.items():
         block = model.get_submodule(group)
         # The names are bound now; a loop variable would be the last block's by the time a hook runs.
-        handles.append(block.register_forward_pre_hook(lambda *_, group=group: before(group)))
-        handles.append(block.register_forward_hook(lambda *_, group=group: after(group)))
+        handles.append(block.register_forward_pre_hook(lambda *_, names=names: before(names)))
+        handles.append(block.register_forward_hook(lambda *_, names=names: after(names)))
     try:
         return drive(model)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def give_back() -> None:
+    """Returns freed memory to the system: between quantised layers, the holes of dense ones are too small for more.
+
+    A C library without `malloc_trim` has allocators that do so themselves.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def put(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -145,13 +159,18 @@ def put(model: nn.Module, name: str, tensor: Tensor) -> None:
         module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
 
 
-def _linear_layers(model: nn.Module, group: str) -> list[tuple[str, nn.Linear]]:
-    """The linear layers of a group by their names in the model."""
-    if group:
-        inside = model.get_submodule(group).named_modules(prefix=group)
-    else:
-        inside = (item for item in model.named_modules() if not in_blocks(item[0]))
-    return [(name, module) for name, module in inside if isinstance(module, nn.Linear)]
+def _by_owner(names: Iterable[str]) -> list[list[str]]:
+    """The names, those of one module together."""
+    owners: dict[str, list[str]] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], []).append(name)
+    return list(owners.values())
+
+
+def _linear_layers(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The linear layers whose tensors these are."""
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in names)
+    return [owner for owner in owners if isinstance(model.get_submodule(owner), nn.Linear)]
 
 
 def restore(
@@ -167,7 +186,7 @@ def restore(
         tensors = checkpoint.read(names)
         if via is not None:
             tensors = {name: tensor.to(via) for name, tensor in tensors.items()}
-        for name, layer in _linear_layers(model, group) if group else ():
+        for name, layer in [item for item in linear_layers(model) if group and group_of(item[0]) == group]:
             inner = {key: tensors.pop(key) for key in list(tensors) if key.startswith(f"{name}.")}
             layer.to(precision.of(f"{name}.weight"))  # still without storage: what it will say its weight was
             own = {key.removeprefix(f"{name}."): tensor for key, tensor in inner.items()}
