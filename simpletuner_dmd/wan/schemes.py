@@ -250,10 +250,11 @@ def scheme_problem(precision: str, device: torch.device, key: str) -> Problem | 
         where = device.type.upper()
         return Problem("", key, f"{precision} cannot run on this {where}: {scheme.library} says {reason!r}",
                        "install a C++ compiler and `pip install ninja`, or choose int8-quanto"
-                       if precision in ("int4-quanto", "int2-quanto") else "choose int8-quanto")  # fmt: skip
+                       if precision in ("int4-quanto", "int2-quanto") else "choose another precision, or no_change")  # fmt: skip
     return None
 
 
+@torch.enable_grad()
 def _try_one_layer(scheme: Scheme, device: torch.device) -> None:
     """Forward and backward of a small layer. RuntimeError where the result has nothing to do with the dense one."""
     with torch.random.fork_rng(devices=[]):
