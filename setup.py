@@ -21,6 +21,7 @@ DEPENDENCIES = [
     "transformers>=5.10,<6",
     "peft>=0.19.1,<0.22",
     "accelerate>=1.13,<2",
+    "argcomplete>=3.5,<4",
     "huggingface_hub>=1.32,<3",
     "optimum-quanto>=0.2.7,<0.3",
     "lycoris-lora>=4.1,<5",

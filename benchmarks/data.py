@@ -2,12 +2,13 @@
 
 - captions per second cached, against the text encoder's forward alone
 - videos per second cached (decode, encode, write), against the VAE's forward alone, at two sizes
+- the same in processor time, user and system of all threads, which neighbours on the machine disturb less
 - from start to the first batch on a complete cache of 100,000 prompts, and memory above a process that has imported
 - how long a training step of the demo waits for its batch
 - disk per prompt against 512 x 4096 bf16, the size that Wan's padded embeddings have
 
-Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Three
-minutes on two cores that others use as well.
+Ratios are of neighbouring measurements, medians over rounds, so that a busy machine shifts both sides alike. Up to nine
+minutes on two cores that ten others use as well.
 """
 
 from __future__ import annotations
@@ -28,26 +29,27 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 CAPTIONS, CAPTION_ROUNDS = 48, 3
 # Pictures of this many pixels on a side, clips per round, rounds: of the demo's own size, and where encoding is work.
-VIDEOS = ((64, 24, 15), (192, 8, 7))
+VIDEOS = ((64, 192, 5), (192, 16, 5))
 NAIVE = 512 * 4096 * 2
 WORDS = ("a", "red", "blue", "cat", "dog", "robot", "river", "wave", "surfs", "dances", "slowly", "over", "fog")
 
 
 Act = Callable[[int], object]
+Spent = tuple[float, float]
 
 
 @dataclass
 class Compared:
-    """Seconds per round: of the forward alone, around each round of caching."""
+    """Per round (seconds, seconds of the processors): of the forward alone, around each round, and of caching."""
 
-    alone: list[float] = field(default_factory=list)
-    cached: list[float] = field(default_factory=list)
+    alone: list[Spent] = field(default_factory=list)
+    cached: list[Spent] = field(default_factory=list)
 
 
-def seconds(act: Callable[[], object]) -> float:
-    began = time.perf_counter()
+def seconds(act: Callable[[], object]) -> Spent:
+    began = time.perf_counter(), time.process_time()
     act()
-    return time.perf_counter() - began
+    return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
 def compared(rounds: int, alone: Act, others: dict[str, Act]) -> dict[str, Compared]:
@@ -59,21 +61,32 @@ def compared(rounds: int, alone: Act, others: dict[str, Act]) -> dict[str, Compa
         spent = {name: seconds(lambda name=name, number=number: others[name](number)) for name in order}  # type: ignore[misc]
         after = seconds(lambda number=number: alone(number))  # type: ignore[misc]
         for name in others if number else []:
-            found[name].alone.append((before + after) / 2)
+            found[name].alone.append(((before[0] + after[0]) / 2, (before[1] + after[1]) / 2))
             found[name].cached.append(spent[name])
         before = after
     return found
 
 
 def report(name: str, per: str, count: int, result: Compared) -> dict[str, Any]:
-    alone, cached = statistics.median(result.alone), statistics.median(result.cached)
-    ratios = sorted(b / a for a, b in zip(result.alone, result.cached, strict=True))
-    overhead = statistics.median(ratios) - 1
+    (alone, alone_cpu), (cached, cached_cpu) = (
+        [statistics.median(spent) for spent in zip(*rounds, strict=True)] for rounds in (result.alone, result.cached)
+    )
+    ratios, cpu_ratios = (
+        sorted(b[which] / a[which] for a, b in zip(result.alone, result.cached, strict=True)) for which in (0, 1)
+    )
+    overhead, cpu_overhead = statistics.median(ratios) - 1, statistics.median(cpu_ratios) - 1
     print(
         f"{name}: {count / cached:.2f} {per}/s cached, {count / alone:.2f} {per}/s forward alone, "
-        f"overhead {100 * overhead:.1f} % (allowed 10 %; rounds {', '.join(f'{100 * r - 100:.1f}' for r in ratios)})"
+        f"overhead {100 * overhead:.1f} % (allowed 10 %; rounds {', '.join(f'{100 * r - 100:.1f}' for r in ratios)}); "
+        f"processor time {1e3 * cached_cpu / count:.2f} ms against {1e3 * alone_cpu / count:.2f} ms each, "
+        f"{100 * cpu_overhead:.1f} % (rounds {', '.join(f'{100 * r - 100:.1f}' for r in cpu_ratios)})",
+        flush=True,
     )
-    return {f"{name}_per_second": count / cached, f"{name}_overhead": overhead}
+    return {
+        f"{name}_per_second": count / cached,
+        f"{name}_overhead": overhead,
+        f"{name}_processor_overhead": cpu_overhead,
+    }
 
 
 def sentence(number: int, words: int) -> str:

@@ -14,11 +14,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 from uuid import uuid4
 
 from simpletuner_dmd.config.errors import UserError
@@ -28,6 +28,9 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 LEFTOVER = re.compile(r"\.\d+-[0-9a-f]{8}\.partial")
 DAY = 24 * 3600.0
+FLUSHES_AT_ONCE = 8
+
+T = TypeVar("T")
 
 
 # Every change of the disk goes through one of these, so that a test can end the "process" at each of them.
@@ -45,9 +48,13 @@ def make_folder(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
+def _replace(source: Path, target: Path) -> None:
+    source.replace(target)
+
+
 def rename(source: Path, target: Path) -> None:
     """Atomic; replaces a file, and a folder only where it is empty. The parent folder is flushed."""
-    source.replace(target)
+    _replace(source, target)
     sync_folder(target.parent)
 
 
@@ -75,6 +82,7 @@ class NewFile:
     def __init__(self, path: Path):
         self.path = path
         self.size = 0
+        self._flushed = False
 
     def __enter__(self) -> Self:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0)
@@ -82,6 +90,7 @@ class NewFile:
         return self
 
     def write(self, content: bytes | memoryview) -> None:
+        self._flushed = False
         view = memoryview(content)
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
@@ -90,14 +99,19 @@ class NewFile:
                 chunk = chunk[_write(self._descriptor, chunk) :]
         self.size += len(view)
 
+    def flush(self) -> None:
+        """Everything written is on the disk when this returns."""
+        _sync(self._descriptor)
+        self._flushed = True
+
     def _seen(self, chunk: memoryview) -> None:
         """For those who look at what is written."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:  # fmt: skip
         try:
-            if kind is None:
-                _sync(self._descriptor)
+            if kind is None and not self._flushed:
+                self.flush()
         finally:
             os.close(self._descriptor)
 
@@ -124,16 +138,44 @@ def _beside(path: Path) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> Path:
     """Replaces `path`; a reader, and a crash, see the old content or the new. Returns `path`."""
-    make_folder(path.parent)
-    beside = _beside(path)
-    try:
-        with NewFile(beside) as file:
-            file.write(content)
-        rename(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
+    write_several({path: content})
     return path
+
+
+def write_several(contents: Mapping[Path, bytes]) -> None:
+    """As `write_atomically` for each, with fewer waits for the disk.
+
+    Every file is flushed before the first takes its name, and each folder once after the last. An error leaves those
+    that have their name, and nothing of the others.
+    """
+    beside = {path: _beside(path) for path in contents}
+    try:
+        with ExitStack() as stack:
+            files = []
+            for path, content in contents.items():
+                make_folder(path.parent)
+                files.append(stack.enter_context(NewFile(beside[path])))
+                files[-1].write(content)
+            _at_once(NewFile.flush, files)
+        for path, temporary in beside.items():
+            _replace(temporary, path)
+        _at_once(sync_folder, list(dict.fromkeys(path.parent for path in contents)))
+    except OSError:
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def _at_once(flush: Callable[[T], None], things: list[T]) -> None:
+    """Flushes each, several at a time: a journal writes down together what is asked for together."""
+    if len(things) == 1:
+        flush(things[0])
+        return
+    from concurrent.futures import ThreadPoolExecutor  # here, because the light verbs write one file at most
+
+    with ThreadPoolExecutor(min(len(things), FLUSHES_AT_ONCE), thread_name_prefix="flush") as pool:
+        for _ in pool.map(flush, things):
+            pass
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -90,7 +90,7 @@ def test_algorithms_see_denoisers_and_tensors_only() -> None:
 
 def test_verbs_load_heavy_libraries_only_when_they_run() -> None:
     for name in ("main", "common", *VERBS):
-        path = PACKAGE / "cli" / f"{name}.py"
+        path = PACKAGE / "cli" / f"{name.replace('-', '_')}.py"
         tree = ast.parse(path.read_text(encoding="utf-8"))
         top = {
             name.split(".")[0]

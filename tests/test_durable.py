@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,12 +23,13 @@ from simpletuner_dmd.durable import (
     write_atomically,
     write_folder,
     write_json,
+    write_several,
     write_text,
     write_through,
 )
 
 # Everything that changes the disk.
-OPERATIONS = ("_write", "_sync", "make_folder", "rename")
+OPERATIONS = ("_write", "_sync", "_replace", "make_folder")
 WRITERS: dict[str, Callable[[Path, str], object]] = {
     "bytes": lambda path, text: write_atomically(path, text.encode()),
     "text": write_text,
@@ -87,13 +89,13 @@ def test_a_reader_sees_the_old_or_the_new_whole(
 
 def test_the_content_is_on_the_disk_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     happened: list[str] = []
-    for name in ("_sync", "rename"):
+    for name in ("_sync", "_replace"):
         original = getattr(durable, name)
         monkeypatch.setattr(durable, name, lambda *a, n=name, o=original: (happened.append(n), o(*a))[1])
     for kind, write in WRITERS.items():
         write(tmp_path / kind, "text")
         # The file, then its name, then the folder that holds the name.
-        assert happened[-3:] == ["_sync", "rename", "_sync"], kind
+        assert happened[-3:] == ["_sync", "_replace", "_sync"], kind
         happened.clear()
 
 
@@ -102,7 +104,7 @@ import os, signal, sys
 from pathlib import Path
 from simpletuner_dmd import durable
 left = int(sys.argv[2])
-for name in ("_write", "_sync", "rename"):
+for name in ("_write", "_sync", "_replace"):
     def operation(*arguments, original=getattr(durable, name)):
         global left
         left -= 1
@@ -129,6 +131,45 @@ def test_kill_9(tmp_path: Path) -> None:
         sweep(path.parent)
         assert list(path.parent.iterdir()) == [path]
     assert found == ["former"] * 3 + ["new"] * 2
+
+
+def test_several_files_are_all_on_the_disk_before_one_takes_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    for name in ("_write", "_sync", "_replace"):
+        original = getattr(durable, name)
+        monkeypatch.setattr(durable, name, lambda *a, n=name, o=original: (happened.append(n), o(*a))[1])
+    write_several({tmp_path / place: place.encode() for place in ("one/a", "one/b", "two/c")})
+    assert happened == ["_write"] * 3 + ["_sync"] * 3 + ["_replace"] * 3 + ["_sync"] * 2, "two folders"
+    assert (tmp_path / "one" / "b").read_text() == "one/b"
+
+
+def test_several_files_are_flushed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3, timeout=20)
+    monkeypatch.setattr(durable, "_sync", lambda descriptor: together.wait() and None)
+    write_several({tmp_path / name / "file": b"x" for name in "abc"})  # one after the other would break the barrier
+    assert together.broken is False
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))], ids=["kill", "full"])
+def test_each_of_several_files_is_the_old_or_the_new_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    names, old, new = "abc", b"former" * 9, b"new" * 50
+
+    def write(folder: Path, content: bytes) -> None:
+        write_several({folder / name: content for name in names})
+
+    monkeypatch.setattr(durable, "CHUNK", 40)  # several writes
+    total = stopped_at(monkeypatch, lambda: write(tmp_path / "counted", new), 0, error)
+    for moment in range(1, total + 1):
+        folder = tmp_path / str(moment)
+        write(folder, old)
+        stopped_at(monkeypatch, lambda folder=folder: write(folder, new), moment, error)
+        assert {(folder / name).read_bytes() for name in names} <= {old, new}, moment
+        if isinstance(error, OSError):
+            assert sorted(item.name for item in folder.iterdir()) == list(names), "nothing half is left"
 
 
 def test_sweep_leaves_young_and_foreign_files(tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def _cached(assembly: Assembly) -> Iterator[tuple[LatentStore, list[Clip]]]:
         if entry.dataset_type not in ("video", "image") or entry.disabled:
             continue
         settings = resolve(entry, config, geometry)
-        manifest = stands_in(entry, config) or manifest_path(settings)
+        # Of a dataset from elsewhere nothing need be asked: both are the same file.
+        manifest = (stands_in(entry, config) if entry.type == "local" else None) or manifest_path(settings)
         if manifest.is_file():
             place = settings.folder if manifest.name == MADE_HERE else settings.vae_cache
             clips = restore(manifest, entry, config, geometry, assembly.codec.fingerprint)[1]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
+RESOLVED = "config.resolved.json"  # in the output folder of a run: every option as it was
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 
@@ -16,6 +17,11 @@ OVERRIDES_HELP = """\
 any option of config.json can be given as well, and wins over the file:
   --learning_rate 1e-5    --learning_rate=1e-5    learning_rate=1e-5    --use_ema
   distillation_config.fake_score_lr=4e-7"""
+
+
+def module_of(verb: str) -> str:
+    """The module that is a verb: "extract-lora" is cli/extract_lora.py."""
+    return f"simpletuner_dmd.cli.{verb.replace('-', '_')}"
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""`simpletuner explain`: what an option is, from the schema; and the noise schedule of a run, drawn."""
+"""`simpletuner explain`: what an option is, from the schema; the noise schedule of a run, drawn; what an error says."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import textwrap
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from simpletuner_dmd.cli.common import add_config_arguments
@@ -14,16 +15,21 @@ if TYPE_CHECKING:
     from simpletuner_dmd.config.explain import Answer, Option
 
 WIDTH = 80
-SCHEDULE = "schedule"
+SCHEDULE, ERROR = "schedule", "error"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("key", nargs="?", metavar="KEY", help="an option; `schedule` draws noise levels; none: a list")
+    parser.add_argument(
+        "key", nargs="?", metavar="KEY",
+        help="an option; `schedule` draws noise levels; `error` explains a message; none: a list",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--markdown", action="store_true", help="print every option as documentation/OPTIONS.md")
     parser.add_argument("--png", metavar="FILE", help="with `schedule`: draw it into this file as well")
     add_config_arguments(parser)
-    parser.usage = f"{parser.prog} [KEY | schedule [--config PATH | --env NAME | --example NAME] [KEY=VALUE ...]]"
+    parser.usage = (
+        f"{parser.prog} [KEY | error [TEXT] | schedule [--config PATH | --env NAME | --example NAME] [KEY=VALUE ...]]"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +40,8 @@ def run(args: argparse.Namespace) -> int:
         from simpletuner_dmd.cli.explain_schedule import run_schedule
 
         return run_schedule(args)
+    if args.key == ERROR:
+        return run_error(" ".join(args.overrides), as_json=args.json)
     if args.overrides or args.png:
         odd = [*args.overrides, *(["--png"] if args.png else [])]
         raise UserError(f"{' '.join(odd)} belongs to `simpletuner explain schedule`", fix="leave it out")
@@ -56,6 +64,29 @@ def run(args: argparse.Namespace) -> int:
         close = f"did you mean {', '.join(answer.close)}?" if answer.close else "`simpletuner explain` lists them all"
         raise UserError("is not a known option", key=answer.key, fix=close)
     return 0 if known else 2
+
+
+def run_error(text: str, *, as_json: bool) -> int:
+    """What a message may mean; without a text all symptoms and exit codes. Exit code 2 if nothing is known of it."""
+    from simpletuner_dmd.config.troubles import EXIT_CODES, find, troubles
+
+    found = find(text)
+    if as_json:
+        print(json.dumps([asdict(trouble) for trouble in (found if text else troubles())], indent=2))
+        return 0 if found or not text else 2
+    if not text:
+        print('one message: simpletuner explain error "what it said"\n')
+        for trouble in troubles():
+            print(f"{trouble.topic + ':':<10} {trouble.symptom}")
+        print("\nexit codes:", *(f"{code:5d}  {meaning}" for code, meaning in EXIT_CODES.items()), sep="\n")
+        return 0
+    if not found:
+        print("nothing is known of this message; `simpletuner explain error` lists the symptoms", file=sys.stderr)
+        return 2
+    for trouble in found:
+        print("\n".join([trouble.symptom, *_wrapped(trouble.check), *_wrapped(f"What to do: {trouble.do}")]))
+        print("\n".join(_wrapped(f"simpletuner explain {key.rpartition('.')[2]}")[0] for key in trouble.keys), "\n")
+    return 0
 
 
 def listing() -> str:

@@ -6,10 +6,12 @@ import argparse
 import difflib
 import errno
 import importlib
+import os
 import sys
 
 from simpletuner_dmd import __version__
-from simpletuner_dmd.cli.common import INTERRUPTED
+from simpletuner_dmd.cli import completion
+from simpletuner_dmd.cli.common import INTERRUPTED, module_of
 
 # verb -> (what it does, an example)
 VERBS = {
@@ -22,13 +24,22 @@ VERBS = {
     ),
     "sample": ("render prompts from a checkpoint", "simpletuner sample output/my-run --prompt 'a cat surfs'"),
     "export": ("write a checkpoint as LoRA or model files, and load them back", "simpletuner export output/my-run"),
+    "extract-lora": (
+        "make a LoRA of what a full student changed (lossy)",
+        "simpletuner extract-lora output/my-run --rank 64",
+    ),
+    "push": ("upload a finished run to the Hub", "simpletuner push output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
+    "doctor": ("say what this machine can do", "simpletuner doctor"),
+    "completion": ("teach your shell to complete commands and options", 'eval "$(simpletuner completion bash)"'),
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 130 interrupted."""
+    if completion.ASKED in os.environ:
+        completion.answer(VERBS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:2], "--help"]
@@ -53,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: str, arguments: list[str]) -> int:
     """Parses the verb's own arguments and runs it. What a verb with a configuration does not know is an override."""
-    module = importlib.import_module(f"simpletuner_dmd.cli.{verb}")
+    module = importlib.import_module(module_of(verb))
     summary, example = VERBS[verb]
     parser = argparse.ArgumentParser(
         prog=f"simpletuner {verb}",

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
 from simpletuner_dmd.config import LoadedConfig
 from simpletuner_dmd.data.batches import PreparedData
+from simpletuner_dmd.publish.load_back import load_back
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import AveragedDenoiser
-from simpletuner_dmd.training.progress import peak_bytes
+from simpletuner_dmd.training.progress import free_memory, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
 from simpletuner_dmd.validation.render import Renderer, Scene
@@ -60,6 +61,14 @@ class Parts:
             return
         with self.trainer.ema.swap():
             yield True
+
+    def free_training(self) -> None:
+        """Gives back the memory of networks, optimizers and average: what loads the export next needs room for a base.
+
+        `roles` and `trainer` are gone afterwards.
+        """
+        del self.roles, self.trainer
+        free_memory()
 
 
 class TrainingRun:
@@ -114,6 +123,7 @@ class TrainingRun:
     def _put_together(self) -> Parts:
         """Everything built, resumed and tested; nothing of an earlier run is touched before that has worked."""
         loaded, config = self.assembly.loaded, self.config
+        shipper = Shipper(self.assembly, self.output_dir, publishing=self.main)
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         if scenes:
@@ -148,7 +158,7 @@ class TrainingRun:
         self.say(data.report())
         webhook = Webhook.from_config(self._webhook_config(), config.tracker_run_name) if self.main else Webhook([])
         tracking.event("start", **self._start_facts(steps, trainer.step))
-        return Parts(data, scenes, roles, tracking, webhook, Shipper(self.assembly, self.output_dir), trainer)
+        return Parts(data, scenes, roles, tracking, webhook, shipper, trainer)
 
     def _train(self, parts: Parts, renderer: Renderer | None) -> None:
         trainer, total = parts.trainer, parts.trainer.settings.max_steps
@@ -316,27 +326,30 @@ class TrainingRun:
             updates = parts.trainer.student_updates
             with parts.best_student() as averaged:
                 parts.shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
-            parts.shipper.upload(folder, path_in_repo=folder.name)
+            parts.shipper.upload(folder, folder.name, temporary=True)
 
     def _finish(self, parts: Parts) -> None:
-        """Exports what would be used, loads it back, publishes, sums up."""
+        """Exports what would be used, frees the training, loads the export back, publishes, sums up."""
         folder, shipper, tracking, step = self.output_dir / "export", parts.shipper, parts.tracking, parts.trainer.step
         updates = parts.trainer.student_updates
         with parts.best_student() as averaged:
-            shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged)
+            shipper.export(folder, parts.roles, parts.data, steps=updates, averaged=averaged, raw_beside=averaged)
             reference = shipper.reference(parts.roles, *check_text(parts.data))
-        verdict = shipper.load_back(folder, reference)
-        tracking.event("export", step=step, passed=verdict.passed, relative_error=verdict.relative_error)
-        if not verdict.passed:
+        if averaged:
+            shipper.export_raw(folder, parts.roles, parts.data, steps=updates)
+        peak = peak_bytes(self.accelerator.device) / 1e9
+        parts.free_training()
+        verdict = load_back(folder, reference)
+        tracking.event("export", step=step, **asdict(verdict))
+        if verdict.checked and not verdict.passed:
             raise RuntimeError(f"the export does not reproduce the training sampler: {verdict.message}")
-        self.say(f"Export loaded back: {verdict.message}")
+        self.say(f"Export {'loaded back' if verdict.checked else 'not loaded back'}: {verdict.message}")
         if self.config.push_to_hub:
             shipper.upload(folder)
         for line in shipper.close():
             self.say(line)
         tracking.event("finish", step=step, seconds=time.perf_counter() - self.began)
         parts.webhook.send("training finished", event="finish", step=step)
-        peak = peak_bytes(self.accelerator.device) / 1e9
         self.say(f"Finished in {time.perf_counter() - self.began:.0f} s, peak memory {peak:.1f} GB")
         self.say(f"  student  {folder}")
         self.say(f"  report   {build_report(self.output_dir)}")

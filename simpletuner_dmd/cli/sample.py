@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from simpletuner_dmd.cli.assemble import Assembly
     from simpletuner_dmd.cli.common import quiet_libraries
-    from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
+    from simpletuner_dmd.cli.saved import SavedStudent, open_checkpoint, open_run
     from simpletuner_dmd.config import UserError, frames_4n1
     from simpletuner_dmd.config.coerce import frame_size
     from simpletuner_dmd.validation.render import Renderer
@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     renderer = Renderer(
         out, scenes, negative, assembly.codec.decode, lambda row: None, config.framerate, assembly.device
     )
-    with student_of(assembly, state, raw=args.raw) as (roles, averaged), roles.evaluating():
+    student = SavedStudent(assembly, state, raw=args.raw)
+    roles = student.roles
+    with student.best() as averaged, roles.evaluating():
         kind = "student-ema" if averaged else "student"
         paths = renderer.render(assembly.sampled_student(roles), assembly.student_sampler, kind, state.step)
         if args.teacher:

@@ -12,15 +12,16 @@ import torch
 from pydantic import ValidationError
 
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.common import RESOLVED, quiet_libraries
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, student_parameters
+from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.config import DatasetEntry, LoadedConfig, TrainConfig, UserError
 from simpletuner_dmd.durable import write_atomically
+from simpletuner_dmd.publish.load_back import Reference
 from simpletuner_dmd.training.checkpoint import CheckpointState, find_latest, load_checkpoint, resolve_checkpoint
 from simpletuner_dmd.training.ema import Ema
+from simpletuner_dmd.training.progress import free_memory
 from simpletuner_dmd.training.trainer import CHECKPOINTS
-from simpletuner_dmd.wan.roles import Roles
-
-RESOLVED = "config.resolved.json"
 
 
 def write_resolved(loaded: LoadedConfig, output_dir: Path) -> None:
@@ -82,17 +83,54 @@ def open_checkpoint(folder: Path, which: str) -> CheckpointState:
     return load_checkpoint(path)
 
 
-@contextmanager
-def student_of(assembly: Assembly, state: CheckpointState, *, raw: bool) -> Iterator[tuple[Roles, bool]]:
-    """(roles with the checkpoint's student in place, whether it is the average)."""
-    roles, _ = assembly.roles()
-    for role in (role for role in STUDENT_ROLES if role in roles.parameters):
-        roles.load_tensors(role, {name: tensor.to(assembly.device) for name, tensor in state.tensors[role].items()})
-    if raw or state.ema is None:
-        yield roles, False
-        return
-    config = assembly.config
-    ema = Ema(student_parameters(roles), config.ema_decay, config.ema_update_interval, config.ema_start_step)
-    ema.load_state_dict(state.ema)
-    with ema.swap(), torch.no_grad():
-        yield roles, True
+class SavedStudent:
+    """The student of a checkpoint in its roles, as trained; `best` puts the average in its place, where there is one.
+
+    raw: there is no average, as far as `best` is concerned.
+    """
+
+    def __init__(self, assembly: Assembly, state: CheckpointState, *, raw: bool) -> None:
+        self.roles, _ = assembly.roles()
+        for role in (role for role in STUDENT_ROLES if role in self.roles.parameters):
+            tensors = {name: tensor.to(assembly.device) for name, tensor in state.tensors[role].items()}
+            self.roles.load_tensors(role, tensors)
+        self._ema: Ema | None = None
+        if state.ema is not None and not raw:
+            config, parameters = assembly.config, student_parameters(self.roles)
+            self._ema = Ema(parameters, config.ema_decay, config.ema_update_interval, config.ema_start_step)
+            self._ema.load_state_dict(state.ema)
+
+    @contextmanager
+    def best(self) -> Iterator[bool]:
+        """Yields whether the roles hold the average."""
+        if self._ema is None:
+            yield False
+            return
+        with self._ema.swap(), torch.no_grad():
+            yield True
+
+
+class OpenRun:
+    """A run's student and data, to be exported again. Raises UserError where the folder holds none."""
+
+    def __init__(self, folder: Path, checkpoint: str, *, raw: bool) -> None:
+        from accelerate import Accelerator
+
+        quiet_libraries()
+        loaded = open_run(folder)
+        state = open_checkpoint(folder, checkpoint)
+        self.updates = int(state.meta["updates"]["student"])
+        self.assembly = Assembly(loaded, Accelerator(cpu=not torch.cuda.is_available()).device)
+        self.data = self.assembly.data([])
+        self.shipper = Shipper(self.assembly, folder, publishing=False)  # `push` does that
+        self.student = SavedStudent(self.assembly, state, raw=raw)
+
+    def reference(self) -> Reference:
+        """What the sampler of training makes of the student as it is in place now."""
+        return self.shipper.reference(self.student.roles, *check_text(self.data))
+
+    def close(self) -> None:
+        """Gives the memory back, for another process to load the export into; `student` is gone."""
+        self.data.close()
+        del self.student
+        free_memory()

@@ -3,58 +3,62 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.config import UserError
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
-from simpletuner_dmd.publish.export import LowNoiseLora, export_full, export_lora
-from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
+from simpletuner_dmd.publish.dialects import fold_alpha
+from simpletuner_dmd.publish.export import FORMATS, LowNoiseLora, dtype_name, export_full, export_lora
+from simpletuner_dmd.publish.extract import Extraction, extract_lora
+from simpletuner_dmd.publish.hub import QUEUE, HubUploader, Queue, check_access, push_command
 from simpletuner_dmd.publish.info import ExportInfo
-from simpletuner_dmd.publish.load_back import LoadBack, check_export
-from simpletuner_dmd.publish.lycoris import export_lycoris
+from simpletuner_dmd.publish.load_back import Base, Reference
+from simpletuner_dmd.publish.lycoris import export_lycoris, folded
+from simpletuner_dmd.publish.merged import MergedBase
+from simpletuner_dmd.publish.read_adapter import AdapterFile
+from simpletuner_dmd.publish.record import copy_videos, last_health, shown_config
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.adapters import AdapterSpec
-from simpletuner_dmd.wan.loading import load_pipeline
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
 
 log = logging.getLogger(__name__)
 
+RAW = "raw"  # in an export of the average: the folder of the weights as trained
 CHECK_STEPS = 4  # Euler steps of the comparison for a supervised student, which has no ladder of its own
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What training's own sampler makes of one prompt, to be reproduced from the exported files."""
-
-    text: TextEmbedding
-    shape: tuple[int, ...]
-    seed: int
-    schedule: Schedule
-    renoise: str
-    latents: Tensor
 
 
 class Shipper:
     """Exports, checks and uploads the student of one run (main process only)."""
 
-    def __init__(self, assembly: Assembly, output_dir: Path) -> None:
+    def __init__(self, assembly: Assembly, output_dir: Path, *, publishing: bool = True) -> None:
         self.assembly, self.output_dir = assembly, output_dir
         self.config = assembly.config
         self.uploader: HubUploader | None = None
         self.kept: list[str] = []
-        config = self.config
-        if config.push_to_hub or config.push_checkpoints_to_hub:
-            warning = check_access(self.repository, output_dir / "export")
-            if warning is None:
-                self.uploader = HubUploader(self.repository, private=config.model_card_private)
-            else:
-                log.warning(warning)
+        if publishing and (self.config.push_to_hub or self.config.push_checkpoints_to_hub):
+            self._reach_hub()
+
+    def _reach_hub(self) -> None:
+        """Token and write access are tried now: at the end of a run it is late to hear of them."""
+        private = self.config.model_card_private
+        access = check_access(self.repository, private=private)
+        if not access.usable:
+            log.warning("push_to_hub is on but %s. The result stays in %s; push it later with: %s", access.problem,
+                        self.output_dir / "export", push_command(self.output_dir))  # fmt: skip
+            return
+        if access.problem:
+            log.warning("push_to_hub: %s", access.problem)
+        self.uploader = HubUploader(access.repo_id, self.output_dir, private=private)
+        if left := self.uploader.resume():
+            log.info("Uploading %d folder%s that an earlier run left", left, "s" if left > 1 else "")
 
     @property
     def repository(self) -> str:
@@ -88,10 +92,22 @@ class Shipper:
             validation_sizes=sizes,
             tool_version=__version__,
             note=config.model_card_note,
-            hub_repo=config.hub_model_id or "",
+            hub_repo=self.uploader.repo_id if self.uploader else config.hub_model_id or "",
             adapter=config.lora_type,
             teacher_lora=assembly.teacher_lora.record() if assembly.teacher_lora else None,
+            teacher=self._teacher(),
+            health=last_health(self.output_dir),
+            config=shown_config(assembly.loaded.options()),
         )
+
+    def _teacher(self) -> str:
+        """The base under guidance, where a teacher was followed."""
+        base, options = Path(self.assembly.source.base), self.config.distillation_config
+        guidance = getattr(options, "real_score_guidance_scale", None)
+        if options is None:
+            return ""
+        name = base.name if base.is_dir() else str(base)
+        return name if guidance is None else f"{name}, guidance {guidance:g}"
 
     def _schedule(self, steps: int) -> Schedule:
         """As trained. A causal student without a ladder ships with Euler steps: no stock solver works by blocks."""
@@ -108,24 +124,101 @@ class Shipper:
             for _, frames, height, width in shapes
         )
 
-    def export(self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int, averaged: bool) -> None:
-        """Writes the student as it stands (inside an EMA swap: the average)."""
+    def export(
+        self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int, averaged: bool,
+        formats: Sequence[str] = (), raw_beside: bool = False,
+    ) -> None:  # fmt: skip
+        """Writes the student as it stands (inside an EMA swap: the average). formats: of an adapter; default: as the
+        run's settings say. raw_beside: `export_raw` is called too.
+
+        Raises UserError where ComfyUI's is asked for and there is none.
+        """
+        if "comfyui" in formats and (reason := self._not_for_comfyui(roles)):
+            raise UserError(f"this student cannot be written for ComfyUI: {reason}", key="--to",
+                            fix="export it without `--to comfyui`")  # fmt: skip
         info = self.info(data, steps=steps, averaged=averaged)
+        info = replace(info, raw_beside=raw_beside, videos=copy_videos(self.output_dir, folder))
+        self._write(folder, roles, info, formats)
+
+    def export_raw(self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int) -> None:
+        """Beside an exported average: the weights as trained, under a name that says so."""
+        info = self.info(data, steps=steps, averaged=False)
+        self._write(folder / RAW, roles, replace(info, run_name=f"{info.run_name}-{RAW}"), ())
+
+    def _write(self, folder: Path, roles: Roles, info: ExportInfo, formats: Sequence[str]) -> None:
         adapter = roles.adapters.get("student")
         if adapter is None:
             export_full(folder, roles.student.transformer, info, low_noise=self._detail_lora(roles))
             return
-        formats = ("diffusers", "comfyui") if self.config.lora_format == "both" else (self.config.lora_format,)
+        formats = formats or (FORMATS if self.config.lora_format == "both" else (self.config.lora_format,))
+        if self._not_for_comfyui(roles):
+            formats = ("diffusers",)
         if isinstance(adapter, LycorisSpec):
             self._export_lycoris(folder, roles, adapter, info, formats)
             return
-        if adapter.dora or info.blocks is not None:  # ComfyUI has no DoRA of this kind, and no block-wise sampling
-            formats = ("diffusers",)
+        if info.boundary and "diffusers" not in formats:  # what switches the experts reads those
+            formats = ("diffusers", *formats)
         low_noise = roles.tensors("detail") if "detail" in roles.parameters else None
         export_lora(
             folder, roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha, info=info, formats=formats,
             low_noise=low_noise,
         )  # fmt: skip
+
+    def _not_for_comfyui(self, roles: Roles) -> str:
+        """Why ComfyUI could not use the student's adapter; empty where it can."""
+        adapter = roles.adapters.get("student")
+        if adapter is None:
+            return "it is a whole transformer; `simpletuner extract-lora` makes a LoRA of it"
+        if isinstance(adapter, AdapterSpec) and adapter.dora:
+            return "ComfyUI has no DoRA of this kind"
+        return "ComfyUI does not sample block by block" if self.assembly.block_sampling is not None else ""
+
+    def export_merged(
+        self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int, averaged: bool
+    ) -> bool:
+        """Writes the student as a whole transformer: the unquantised base with its adapter merged in, streamed.
+
+        Returns whether it can give what training samples: not where one of them rounds the weights.
+        """
+        adapter = roles.adapters.get("student")
+        if adapter is None or "detail" in roles.parameters:
+            kind = "it is a whole transformer already" if adapter is None else "two experts share one base"
+            raise UserError(f"this student cannot be merged: {kind}", key="--to", fix="export it without `--to merged`")
+        info = self.info(data, steps=steps, averaged=averaged)
+        merged = MergedBase(self.assembly.source, [*self._fine_tune(), (self._adapter_file(roles, adapter), 1.0)])
+        info = replace(info, model_type="full", adapter="standard", videos=copy_videos(self.output_dir, folder))
+        export_full(folder, merged.write, info, dtype=merged.dtype)
+        exact = self.assembly.dtype == merged.dtype == torch.float32
+        return exact and self.config.base_model_precision == "no_change"
+
+    def export_extracted(
+        self, folder: Path, roles: Roles, data: PreparedData | None, rank: int, *, steps: int, averaged: bool
+    ) -> Extraction:
+        """Writes the LoRA that comes nearest to a full student, marked as lossy, with its error."""
+        base = MergedBase(self.assembly.source, self._fine_tune())
+        student = roles.student.transformer.state_dict()
+        found = extract_lora(student, (entry for file in base.files for entry in base.tensors(file)), rank)
+        info = self.info(data, steps=steps, averaged=averaged)
+        info = replace(info, run_name=f"{info.run_name}-lora-rank{rank}", model_type="lora", adapter="standard",
+                       extracted=found.as_dict())  # fmt: skip
+        formats = FORMATS if info.blocks is None else ("diffusers",)
+        export_lora(folder, found.tensors, rank=rank, alpha=rank, info=info, formats=formats)
+        return found
+
+    def _fine_tune(self) -> list[tuple[AdapterFile, float]]:
+        merge = self.assembly.teacher_lora
+        return [(merge.adapter, merge.strength)] if merge else []
+
+    def _adapter_file(self, roles: Roles, adapter: AdapterSpec | LycorisSpec) -> AdapterFile:
+        """The student's adapter at strength 1."""
+        path = Path(self.config.tracker_run_name)
+        if isinstance(adapter, AdapterSpec):
+            tensors = fold_alpha(roles.tensors("student"), rank=adapter.rank, alpha=adapter.alpha)
+            return AdapterFile(path, "lora", tensors)
+        switch = roles.student.switch
+        assert isinstance(switch, LycorisSwitch)
+        tensors = folded(roles.tensors("student"), switch.constants("student"), adapter.options.multiplier)
+        return AdapterFile(path, "lycoris", tensors)
 
     def _detail_lora(self, roles: Roles) -> LowNoiseLora | None:
         """The second expert beside a full student."""
@@ -136,7 +229,7 @@ class Shipper:
         return LowNoiseLora(roles.tensors("detail"), adapter.rank, adapter.alpha)
 
     def _export_lycoris(
-        self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: tuple[str, ...]
+        self, folder: Path, roles: Roles, adapter: LycorisSpec, info: ExportInfo, formats: Sequence[str]
     ) -> None:
         switch = roles.student.switch
         assert isinstance(switch, LycorisSwitch)
@@ -154,11 +247,11 @@ class Shipper:
 
     def reference(self, roles: Roles, text: TextEmbedding, latent_shape: tuple[int, int, int, int]) -> Reference:
         """Samples the student by training's own sampler, in the precision the export will be loaded in."""
-        sampler = self.assembly.student_sampler
-        schedule, renoise = self._schedule(self.config.validation_num_inference_steps), sampler.renoise
+        config, sampler = self.config, self.assembly.student_sampler
+        schedule, renoise = self._schedule(config.validation_num_inference_steps), sampler.renoise
         if not schedule.ladder:
             schedule = Schedule(schedule.shift, euler_sigmas(CHECK_STEPS, schedule.shift))
-        shape, seed, device = (1, *latent_shape), self.config.validation_seed, self.assembly.device
+        shape, seed, device = (1, *latent_shape), config.validation_seed, self.assembly.device
         autocast, roles.student.autocast = roles.student.autocast, None
         try:
             with roles.evaluating():
@@ -167,35 +260,41 @@ class Shipper:
                 latents = Sampler(schedule, renoise, blocks=sampler.blocks)(student, text, text, shape, seed, device)
         finally:
             roles.student.autocast = autocast
-        return Reference(text, shape, seed, schedule, renoise, latents)
-
-    def load_back(self, folder: Path, reference: Reference) -> LoadBack:
-        """Whether a fresh stock WanPipeline with the exported files samples what `reference` holds."""
-        standard = self.config.lora_type == "standard"  # a LyCORIS file is always there
-        if self.config.model_type == "lora" and standard and self.config.lora_format == "comfyui":
-            return LoadBack(0.0, True, "not compared: only ComfyUI's file was asked for, which stock diffusers is not")
-        # A full student replaces the base, but for the second expert, whose adapter sits on the base of training.
-        on_base = self.config.model_type == "lora" or "detail" in self.assembly.adapters()
-        transformer = self.assembly.base_transformer(quantised=on_base)
-        pipeline = load_pipeline(self.assembly.source, transformer)
-        return check_export(
-            pipeline,
-            folder,
-            prompt_embeds=reference.text.rows_BLD,
-            shape=reference.shape,
-            seed=reference.seed,
-            reference_latents=reference.latents,
-            schedule=reference.schedule,
-            renoise=reference.renoise,
-            max_sequence_length=self.config.tokenizer_max_length,
+        return Reference(
+            prompt_embeds=text.rows_BLD,
+            latents=latents,
+            seed=seed,
+            schedule=schedule,
+            renoise=renoise,
+            max_sequence_length=config.tokenizer_max_length,
+            base=self._base(),
+            vae_scale=(self.assembly.geometry.spatial, self.assembly.geometry.temporal),
+            device=str(device),
         )
 
-    def upload(self, folder: Path, path_in_repo: str | None = None) -> None:
-        """Uploads in the background, or remembers the command that does it later."""
-        if self.uploader is None:
-            self.kept.append(f"not uploaded; push it later with: {push_command(self.repository, folder)}")
-        else:
-            self.uploader.upload(folder, path_in_repo=path_in_repo)
+    def _base(self) -> Base | None:
+        """What the exported files go on: nothing for a full student, but the second expert's adapter has a base."""
+        config, assembly = self.config, self.assembly
+        if config.model_type == "full" and "detail" not in assembly.adapters():
+            return None
+        on = str(assembly.device) if config.quantize_via == "accelerator" else None
+        return replace(self.plain_base, precision=config.base_model_precision, quantised_on=on)
+
+    @property
+    def plain_base(self) -> Base:
+        """The base without quantisation."""
+        merge = self.assembly.teacher_lora
+        fine_tune = (merge.adapter, merge.strength) if merge else None
+        return Base(self.assembly.source.stock_arguments(), dtype_name(self.assembly.dtype), teacher_lora=fine_tune)
+
+    def upload(self, folder: Path, path_in_repo: str = "", *, temporary: bool = False) -> None:
+        """Uploads in the background, or lists the folder for the command that does it later."""
+        message = f"Upload {path_in_repo or 'export'}"
+        if self.uploader is not None:
+            self.uploader.upload(folder, path_in_repo=path_in_repo, message=message, temporary=temporary)
+            return
+        Queue(self.output_dir / QUEUE).enlist(folder, path_in_repo, message, temporary=temporary)
+        self.kept = [f"not uploaded; push it later with: {push_command(self.output_dir)}"]
 
     def close(self) -> list[str]:
         """Waits for the uploads; lines worth printing."""

@@ -12,7 +12,7 @@ from simpletuner_dmd.config.starting import split_strength
 from simpletuner_dmd.durable import sha256_of
 from simpletuner_dmd.publish.info import TeacherLora
 from simpletuner_dmd.publish.lycoris import ALPHA, by_module, scaled, strength
-from simpletuner_dmd.publish.read_adapter import AdapterFile, Changes, find_adapter, read_adapter
+from simpletuner_dmd.publish.read_adapter import AdapterFile, LayerChanges, find_adapter, read_adapter
 from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
@@ -85,13 +85,13 @@ class TeacherMerge:
 
     def start(self, model: nn.Module) -> None:
         """Raises UserError for layers that are not there; no weight needs to be there yet."""
-        self._changes = Changes(self.adapter, model)
+        self._changes = LayerChanges(self.adapter, model)
 
     @torch.no_grad()
     def __call__(self, name: str, layer: nn.Linear) -> None:
-        weight_change, bias_change = self._changes.of(name, layer)
-        if weight_change is None:
+        if name not in self._changes:
             return
+        weight_change, bias_change = self._changes.of(name)
         if layer.weight.shape != weight_change.shape:
             raise UserError(
                 f"{self.adapter.path} does not fit this model: it changes {name} by {tuple(weight_change.shape)}",

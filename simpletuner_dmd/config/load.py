@@ -395,9 +395,21 @@ def _absent_webhook(config: TrainConfig, folders: tuple[Path, ...]) -> list[str]
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
+def _without_addresses(webhook: Any) -> Any:
+    """The address of a webhook is its password: what is printed, kept and sent to trackers does not hold it."""
+    if isinstance(webhook, list):
+        return [_without_addresses(entry) for entry in webhook]
+    if not isinstance(webhook, dict):
+        return webhook
+    secret = ("webhook_url", "callback_url", "auth_token")
+    return {key: "***" if key in secret else value for key, value in webhook.items()}
+
+
 def _flat(model: BaseModel) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in model.model_dump(mode="json").items():
+        if key == "webhook_config":
+            value = _without_addresses(value)
         if key == NESTED and isinstance(value, dict):
             flat.update({f"{NESTED}.{inner}": item for inner, item in value.items()})
         else:

@@ -6,11 +6,13 @@ Shapes: B batch, T video frames, F latent frames, L text rows, D text width.
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import torch
@@ -33,13 +35,17 @@ EncodeVideo = Callable[[Tensor], Tensor]
 
 # Prompts per call of the encoder: enough to fill it, few enough that the bar moves.
 TEXT_BATCH = 16
-# Batches of latents, of a few megabytes each, that may wait for the disk.
-LATENTS_WAITING = 8
+# Clips are handed from thread to thread in lots of about this much of the encoder's time, or of so many batches if that
+# is less: threads that take turns over every small clip cost several times what they do.
+LOT_SECONDS, LOT_BATCHES = 0.25, 16
+# Lots of latents that may wait for the disk.
+LOTS_WAITING = 4
 
 
 def clip_to_pixels(frames_THWC: np.ndarray) -> Tensor:
     """[T, H, W, 3] uint8 to [3, T, H, W] fp32 in [-1, 1], the range of Wan's VAE."""
-    return torch.from_numpy(frames_THWC).permute(3, 0, 1, 2).float().div_(127.5).sub_(1.0)
+    pixels_3THW = torch.from_numpy(frames_THWC).permute(3, 0, 1, 2)
+    return pixels_3THW.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1.0)
 
 
 def cache_text(
@@ -130,6 +136,13 @@ class Clip:
     key: str
 
 
+Decoded = tuple[list[Clip], Tensor, list[tuple[Clip, Rejected]]]
+"""One batch: clips, their pixels [B, 3, T, H, W], and clips that failed."""
+
+Encoded = tuple[list[Clip], Tensor]
+"""One batch: clips and their latents [B, C, F, H, W]."""
+
+
 def clip_of(sample: VideoSample, settings: DatasetSettings, store: LatentStore, fingerprint: str) -> Clip:
     """Names the latents of a sample by the file's bytes and all that decides which pixels the VAE sees.
 
@@ -178,25 +191,47 @@ def cache_latents(
     with (
         Claims(store.folder) as claims,
         tqdm(total=total, desc="video latents", unit="video", disable=not progress) as bar,
-        Saver(LATENTS_WAITING) as saver,
+        Saver(LOTS_WAITING) as saver,
     ):
+        batches = chain.from_iterable(
+            share_out(list(bucket.values()), _key, _not_in(store), claims, batch_size) for bucket in missing.values()
+        )
+        pace = Pace()
         try:
-            for bucket in missing.values():
-                batches = share_out(list(bucket.values()), _key, _not_in(store), claims, batch_size)
-                for group, pixels_B3THW, failed in _decoded_ahead(batches, saver):
-                    claims.give_back(clip.key for clip, _ in failed)
-                    rejected += [why for _, why in failed]
-                    bar.update(len(group) + len(failed))
-                    if not group:
-                        continue
-                    latents_BCFHW = encode(pixels_B3THW)
-                    _check_latents(group, latents_BCFHW, geometry)
-                    saver.save(partial(_save_group, store, claims, group, latents_BCFHW))
-                    done += len(group)
+            for lot in _decoded_ahead(_lots(batches, pace), saver):
+                encoded: list[Encoded] = []
+                began = time.perf_counter()
+                try:
+                    for group, pixels_B3THW, failed in lot:
+                        claims.give_back(clip.key for clip, _ in failed)
+                        rejected += [why for _, why in failed]
+                        bar.update(len(group) + len(failed))
+                        if not group:
+                            continue
+                        latents_BCFHW = encode(pixels_B3THW)
+                        _check_latents(group, latents_BCFHW, geometry)
+                        encoded.append((group, latents_BCFHW))
+                        done += len(group)
+                finally:
+                    if encoded:
+                        saver.save(partial(_save_lot, store, claims, encoded))
+                pace.learn(len(lot), time.perf_counter() - began)
         finally:
             saver.settle()
             store.flush()
     return done, rejected
+
+
+class Pace:
+    """How many batches make a lot: as many as the encoder has lately done in LOT_SECONDS."""
+
+    def __init__(self) -> None:
+        self.batches = 1
+
+    def learn(self, batches: int, seconds: float) -> None:
+        """Lots grow slowly, so that the processes which share a small dataset each get some of it."""
+        fitting = int(LOT_SECONDS * batches / max(seconds, 1e-9))
+        self.batches = max(1, min(fitting, 2 * self.batches, LOT_BATCHES))
 
 
 def _key(clip: Clip) -> str:
@@ -207,31 +242,52 @@ def _not_in(store: LatentStore) -> Callable[[list[Clip]], list[Clip]]:
     return lambda clips: [clip for clip in clips if not store.has(clip.key)]
 
 
-def _save_group(store: LatentStore, claims: Claims, group: list[Clip], latents_BCFHW: Tensor) -> None:
-    for clip, latents_CFHW in zip(group, latents_BCFHW, strict=True):
-        store.save(clip.key, latents_CFHW, _note(clip))
-    claims.give_back(clip.key for clip in group)
+def _save_lot(store: LatentStore, claims: Claims, encoded: list[Encoded]) -> None:
+    store.save_several(
+        (clip.key, latents_CFHW, _note(clip))
+        for group, latents_BCFHW in encoded
+        for clip, latents_CFHW in zip(group, latents_BCFHW, strict=True)
+    )
+    claims.give_back(clip.key for group, _ in encoded for clip in group)
 
 
-Decoded = tuple[list[Clip], Tensor, list[tuple[Clip, Rejected]]]
+def _lots(batches: Iterable[list[Clip] | None], pace: Pace) -> Iterator[list[list[Clip]] | None]:
+    """`batches` in lots as large as `pace` says; None, which ends a lot, is passed on."""
+    lot: list[list[Clip]] = []
+    for batch in batches:
+        if batch is not None:
+            lot.append(batch)
+            if len(lot) < pace.batches:
+                continue
+        if lot:
+            yield lot
+            lot = []
+        if batch is None:
+            yield None
+    if lot:
+        yield lot
 
 
-def _decoded_ahead(batches: Iterator[list[Clip] | None], saver: Saver) -> Iterator[Decoded]:
-    """Decodes the next batch while the encoder works on this one: (clips, pixels [B, 3, T, H, W], clips that failed).
+def _decoded_ahead(lots: Iterable[list[list[Clip]] | None], saver: Saver) -> Iterator[list[Decoded]]:
+    """Decodes the next lot while the encoder works on this one.
 
-    Where `batches` says None, everything before it is encoded and saved first.
+    Where `lots` says None, everything before it is encoded and saved first.
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="decode") as pool:
-        ahead: Future[Decoded] | None = None
-        for batch in batches:
-            following = pool.submit(_decode, batch) if batch is not None else None
+        ahead: Future[list[Decoded]] | None = None
+        for lot in lots:
+            following = pool.submit(_decode_lot, lot) if lot is not None else None
             if ahead is not None:
                 yield ahead.result()
             ahead = following
-            if batch is None:
+            if lot is None:
                 saver.settle()
         if ahead is not None:
             yield ahead.result()
+
+
+def _decode_lot(lot: list[list[Clip]]) -> list[Decoded]:
+    return [_decode(batch) for batch in lot]
 
 
 def _decode(batch: list[Clip]) -> Decoded:
@@ -244,6 +300,8 @@ def _decode(batch: list[Clip]) -> Decoded:
             continue
         good.append(clip)
         pixels.append(clip_to_pixels(frames_THWC))
+    if len(pixels) == 1:
+        return good, pixels[0][None], failed  # without another copy
     return good, torch.stack(pixels) if pixels else torch.empty(0), failed
 
 

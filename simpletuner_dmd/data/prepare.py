@@ -87,7 +87,7 @@ def fill_caches(
                 scan, store, config, encode_video, latent_geometry, vae_fingerprint, main, progress
             )
             caches.latents_made += made
-            write_manifest(manifest_path(scan.settings), clips, vae_fingerprint, scan.settings)
+            write_manifest(manifest_path(scan.settings), clips, vae_fingerprint, scan)
         else:
             clips = _still_cached(scan, store, ready[1])
         caches.clips[scan.settings.id], caches.latent_stores[scan.settings.id] = clips, store
@@ -179,7 +179,7 @@ def _scan(
     restored: dict[str, tuple[Path, list[Clip]]] = {}
     rest: list[DatasetEntry] = []
     for entry in datasets:
-        manifest = None if entry.disabled else stands_in(entry, config)
+        manifest = None if entry.disabled else stands_in(entry, config, fingerprint)
         if manifest is None:
             rest.append(entry)
             continue

@@ -64,13 +64,17 @@ class PromptSample:
 
 @dataclass
 class DatasetScan:
-    """What a dataset holds. buckets: "WIDTHxHEIGHTxFRAMES" -> samples; notices: what a person should know."""
+    """What a dataset holds. buckets: "WIDTHxHEIGHTxFRAMES" -> samples; notices: what a person should know.
+
+    content: what a source elsewhere held, as `Listing.content`; "" for a folder.
+    """
 
     entry: DatasetEntry
     settings: DatasetSettings
     usable: list[VideoSample] | list[PromptSample]
     rejected: list[Rejected]
     notices: list[str] = field(default_factory=list)
+    content: str = ""
 
     @property
     def buckets(self) -> dict[str, int]:
@@ -207,7 +211,7 @@ def _scan_clips(
     usable = [finding for finding in findings if isinstance(finding, VideoSample)]
     rejected = [finding for finding in findings if isinstance(finding, Rejected)]
     notices = [*listing.notices, *_clip_notices(usable)]
-    return DatasetScan(entry, settings, usable, [*listing.rejected, *rejected], notices)
+    return DatasetScan(entry, settings, usable, [*listing.rejected, *rejected], notices, listing.content)
 
 
 def _look_at(

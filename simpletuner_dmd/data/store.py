@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.data.disk import HashMemo, digest, write_whole
+from simpletuner_dmd.data.disk import HashMemo, digest, write_several_whole
 from simpletuner_dmd.durable import sweep
 
 # Part of every key: raised when the meaning of what is stored changes.
@@ -120,10 +120,18 @@ class LatentStore:
         return True
 
     def save(self, key: str, latents_CFHW: Tensor, note: Mapping[str, str]) -> None:
-        """Raises UserError when the disk is full; nothing half-written is left."""
-        path = self._path(key, self.compress)
-        write_whole(path, encode_tensor(latents_CFHW, note, self.compress))
-        self._mark_verified(path)
+        """As `save_several`."""
+        self.save_several([(key, latents_CFHW, note)])
+
+    def save_several(self, entries: Iterable[tuple[str, Tensor, Mapping[str, str]]]) -> None:
+        """(key, latents, note) of one or more. Raises UserError when the disk is full; nothing half-written is left."""
+        files = {
+            self._path(key, self.compress): encode_tensor(latents_CFHW, note, self.compress)
+            for key, latents_CFHW, note in entries
+        }
+        write_several_whole(files)
+        for path in files:
+            self._mark_verified(path)
 
     def load(self, key: str) -> Tensor:
         """[C, F, H, W] in the stored precision. Raises UserError for an entry that vanished or rotted."""

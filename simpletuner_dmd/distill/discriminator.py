@@ -136,15 +136,14 @@ class Push:
 class Adversary:
     """The discriminator: `head` on the features of `host`, which is the critic.
 
-    window: the noise levels at which it looks, in both turns.
+    The window that both turns are handed holds the noise levels at which it looks at these samples.
     """
 
     def __init__(
-        self, host: Features, head: nn.Module, blocks: Sequence[int], settings: AdversarySettings,
-        window: SigmaWindow, device: torch.device,
-    ) -> None:  # fmt: skip
+        self, host: Features, head: nn.Module, blocks: Sequence[int], settings: AdversarySettings, device: torch.device
+    ) -> None:
         self.host, self.head, self.blocks = host, head, tuple(blocks)
-        self.settings, self.window, self.device = settings, window, device
+        self.settings, self.device = settings, device
 
     def learns(self, step: int) -> bool:
         return step >= self.settings.start_step - self.settings.discriminator_warmup
@@ -159,7 +158,9 @@ class Adversary:
             features = self.host.features(x_t_BCFHW, sigma_B, text, self.blocks)
         return self.head(features, sigma_B)
 
-    def critic_losses(self, student_x0: Tensor, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
+    def critic_losses(
+        self, student_x0: Tensor, batch: Batch, stream: RandomStream, window: SigmaWindow
+    ) -> Iterator[NamedLoss]:
         """The discriminator's own loss, one term for the student's samples and one for the videos of the batch.
 
         Both are seen with the same prompts and at the same noise levels, which leaves nothing else to tell them by.
@@ -167,7 +168,7 @@ class Adversary:
         """
         settings = self.settings
         assert batch.latents_BCFHW is not None, "the adversarial term needs latents in the batch"
-        sigma_B = self.window.sigma(stream.uniform("gan/sigma")).to(self.device)
+        sigma_B = window.sigma(stream.uniform("gan/sigma")).to(self.device)
 
         def noised(x0: Tensor, purpose: str) -> Tensor:
             noise = stream.normal(batch.latent_shape, f"gan/noise of the {purpose}").to(self.device)
@@ -186,14 +187,16 @@ class Adversary:
                 metrics["gan_r1"] = float(steepness.detach())
             yield NamedLoss("gan_critic_loss", settings.critic_weight * loss, metrics, reported=float(loss.detach()))
 
-    def push(self, x0: Tensor, matching_gradient: Tensor, batch: Batch, stream: RandomStream) -> Push:
+    def push(
+        self, x0: Tensor, matching_gradient: Tensor, batch: Batch, stream: RandomStream, window: SigmaWindow
+    ) -> Push:
         """The student's term at its clean samples x0, differentiated up to them and its graph freed.
 
         matching_gradient: that of distribution matching at x0, the measure in ratio mode. The graph goes through the
         critic's features to the input (no_grad would cut it), and no parameter gets a gradient.
         """
         settings = self.settings
-        sigma_B = self.window.sigma(stream.uniform("gan/student sigma")).to(self.device)
+        sigma_B = window.sigma(stream.uniform("gan/student sigma")).to(self.device)
         noise = stream.normal(batch.latent_shape, "gan/student noise").to(self.device)
         leaf = x0.detach().requires_grad_()
         with torch.enable_grad():

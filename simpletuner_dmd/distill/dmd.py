@@ -33,7 +33,7 @@ from simpletuner_dmd.distill.weak_to_strong import Score, Weakened, WeakToStrong
 from simpletuner_dmd.flow import Batch, Denoiser, Routing, SigmaWindow, add_noise, velocity_from_x0
 from simpletuner_dmd.randomness import RandomStream
 
-CRITIC_LOW, CRITIC_HIGH = 0.001, 0.999  # the critic sees every noise level, whatever the student's exit
+CRITIC_LOW, CRITIC_HIGH = 0.001, 0.999  # the critic's noise levels, where no exit narrows them
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class DMDSettings:
     min_score_timestep: float = 0.0
     ts_schedule: bool = True
     ts_schedule_max: bool = False
+    fake_score_ts_schedule: bool = False
     critic_noise_repeats: int = 1
     caption_dropout_probability: float = 0.0
     ground_truth_weight: float = 0.0
@@ -93,12 +94,11 @@ class DMD(Stateless):
         # Windows are checked here, once, so that a bad setting is reported before the first step.
         for rung in range(len(settings.rollout.schedule.ladder)):
             self.score_window(rung)
-        self._critic_window = SigmaWindow(CRITIC_LOW, CRITIC_HIGH, settings.timestep_shift)
         self.adversary: Adversary | None = None
         if settings.adversary is not None:
             assert head is not None and blocks, "the adversarial term needs a head, and blocks to read"
             host = cast(Features, critic)
-            self.adversary = Adversary(host, head, blocks, settings.adversary, self._critic_window, device)
+            self.adversary = Adversary(host, head, blocks, settings.adversary, device)
 
     @property
     def exact_weak(self) -> bool:
@@ -132,10 +132,25 @@ class DMD(Stateless):
 
         Blocks that left at several rungs, from first_exit to exit_rung, share the smallest window that holds theirs.
         """
-        s, schedule = self.settings, self.settings.rollout.schedule
-        floor = schedule.next_sigma(exit_rung) if s.ts_schedule else s.min_score_timestep / 1000
-        ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
+        s = self.settings
+        floor, ceiling = self._around_exit(exit_rung, first_exit)
+        if not s.ts_schedule:
+            floor = s.min_score_timestep / 1000
         return SigmaWindow(max(s.min_timestep_ratio, floor), min(s.max_timestep_ratio, ceiling), s.timestep_shift)
+
+    def critic_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
+        """Where critic and discriminator look at the student's samples: everywhere, or only where the student's turn
+        may compare samples of this exit (fake_score_ts_schedule)."""
+        s = self.settings
+        floor, ceiling = self._around_exit(exit_rung, first_exit) if s.fake_score_ts_schedule else (0.0, 1.0)
+        return SigmaWindow(max(CRITIC_LOW, floor), min(CRITIC_HIGH, ceiling), s.timestep_shift)
+
+    def _around_exit(self, exit_rung: int, first_exit: int | None) -> tuple[float, float]:
+        """The noise levels that ts_schedule and ts_schedule_max leave to samples of this exit."""
+        s, schedule = self.settings, self.settings.rollout.schedule
+        floor = schedule.next_sigma(exit_rung) if s.ts_schedule else 0.0
+        ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
+        return floor, ceiling
 
     def student_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         """One loss, whatever it is made of: all terms meet at x0, and one backward goes through the student."""
@@ -151,7 +166,8 @@ class DMD(Stateless):
             loss = loss + settings.ground_truth_weight * truth
             metrics["ground_truth_loss"] = float(truth.detach())
         if self.adversary is not None and self.adversary.acts(stream.step) and self._is_judged(rollout):
-            push = self.adversary.push(x0, compared.matching.direction / x0.numel(), batch, stream)
+            window = self.critic_window(rollout.exit_rung, rollout.first_exit)
+            push = self.adversary.push(x0, compared.matching.direction / x0.numel(), batch, stream, window)
             loss = loss + linearised(push.loss, x0, push.gradient)
             metrics |= push.metrics
         yield NamedLoss("dmd_loss", loss, metrics, reported=shown)
@@ -203,16 +219,17 @@ class DMD(Stateless):
         rollout = self._shared.get(batch.positions) or self._roll_out(batch, stream, with_grad=False)
         x0 = rollout.x0
         text = with_dropped_captions(batch, stream, self.settings.caption_dropout_probability)
+        window = self.critic_window(rollout.exit_rung, rollout.first_exit)
         repeats = self.settings.critic_noise_repeats
         for repeat in range(repeats):
-            sigma_B = self._critic_window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
+            sigma_B = window.sigma(stream.uniform(f"critic/sigma {repeat}")).to(self.device)
             noise = stream.normal(batch.latent_shape, f"critic/noise {repeat}").to(self.device)
             routed = Routing(stream, f"critic/tread {repeat}")
             velocity = self.critic.velocity(add_noise(x0, noise, sigma_B), sigma_B, text, routed=routed)
             loss = velocity_loss(velocity, x0, noise).mean()
             yield NamedLoss("fake_score_loss", loss / repeats)
         if self.adversary is not None and self.adversary.learns(stream.step) and self._is_judged(rollout):
-            yield from self.adversary.critic_losses(x0, batch, stream)
+            yield from self.adversary.critic_losses(x0, batch, stream, window)
 
     def _is_judged(self, rollout: Rollout) -> bool:
         """Whether the discriminator looks at this rollout, on which all ranks agree."""
@@ -242,6 +259,7 @@ def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | N
         min_score_timestep=options.min_score_timestep,
         ts_schedule=options.ts_schedule,
         ts_schedule_max=options.ts_schedule_max,
+        fake_score_ts_schedule=options.fake_score_ts_schedule,
         critic_noise_repeats=options.critic_noise_repeats,
         caption_dropout_probability=parts.caption_dropout_probability,
         ground_truth_weight=options.ground_truth_weight,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from simpletuner_dmd.publish.experts import high_noise_steps, low_noise_files
@@ -24,8 +25,11 @@ def model_card(
         f"## Use it with diffusers\n\n```python\n{load_snippet(info, choice)}```\n",
         _settings(info, choice),
         comfyui_file and _comfyui(info, choice, comfyui_file),
+        _extracted(info),
         _training(info, weights_dtype),
+        _health(info),
         _validation(info),
+        _configuration(info),
     ]
     return "\n".join(section for section in sections if section)
 
@@ -43,7 +47,10 @@ def front_matter(info: ExportInfo, *, comfyui: bool) -> dict[str, Any]:
     if not info.base_is_local:
         matter["base_model"] = info.base
         matter["base_model_relation"] = "adapter" if info.model_type == "lora" else "finetune"
-    return {**matter, "tags": tags}
+    matter["tags"] = tags
+    if info.videos:
+        matter["widget"] = [{"text": prompt, "output": {"url": file}} for prompt, file in info.videos]
+    return matter
 
 
 def _summary(info: ExportInfo) -> str:
@@ -157,7 +164,11 @@ def _training(info: ExportInfo, weights_dtype: str) -> str:
         ("trained sizes", sizes),
         ("framerate", f"{info.framerate:g}"),
         ("updates of the student", str(info.train_steps) if info.train_steps else ""),
-        ("weights", {"ema": "moving average (EMA)", "raw": "as trained (no EMA)"}.get(info.weights, info.weights)),
+        (
+            "weights",
+            {"ema": "moving average (EMA)", "raw": "as trained (no EMA)"}.get(info.weights, info.weights)
+            + ("; `raw/` holds them as trained" if info.raw_beside else ""),
+        ),
         ("stored as", weights_dtype),
         ("licence", info.licence),
         ("tool", f"SimpleTuner-DMD {info.tool_version}".strip()),
@@ -174,12 +185,40 @@ def _teacher_lora(info: ExportInfo) -> str:
     return f"`{lora.file}` at strength {lora.strength:g}{first}"
 
 
+def _extracted(info: ExportInfo) -> str:
+    if info.extracted is None:
+        return ""
+    found = info.extracted
+    return (f"## Extracted, so lossy\n\nThis LoRA of rank {found['rank']} was taken from a full student by a singular "
+            f"value decomposition of its difference from the base. {100 * found['relative_error']:.2g}% of what the "
+            f"student changed in these layers is missing, most in `{found['worst_layer']}` "
+            f"({100 * found['worst_error']:.2g}%); what it changed elsewhere (norms, biases, modulation), "
+            f"{100 * found['left_out']:.2g}% of all, is not in it. The full student is the better one.\n")  # fmt: skip
+
+
+def _health(info: ExportInfo) -> str:
+    if not info.health:
+        return ""
+    rows = [(f"{light} {_inline(name)}", _inline(says)) for light, name, says in info.health]
+    return f"## Health at the end of training\n\n{_table(rows)}"
+
+
+def _configuration(info: ExportInfo) -> str:
+    if not info.config:
+        return ""
+    text = json.dumps(dict(info.config), indent=2, ensure_ascii=False)
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 3)
+    return (f"<details><summary>Configuration</summary>\n\n{fence}json\n{text}\n{fence}\n\n"
+            "Folders are named without their place.\n</details>\n")  # fmt: skip
+
+
 def _validation(info: ExportInfo) -> str:
     if not info.validation_prompts:
         return ""
     sizes = ", ".join(f"{width}x{height}x{frames}" for width, height, frames in info.validation_sizes)
     seed = "" if info.validation_seed is None else f", seed {info.validation_seed}"
     lines = "\n".join(f"- {_inline(prompt)}" for prompt in info.validation_prompts)
+    lines += "\n\n<Gallery />" if info.videos else ""
     return f"## Validation prompts{f' ({sizes}{seed})' if sizes else ''}\n\n{lines}\n"
 
 

@@ -127,6 +127,11 @@ def experts_sampler_file(info: ExportInfo) -> str:
     )  # fmt: skip
 
 
+def is_low_noise(file: Path) -> bool:
+    """Whether an exported adapter is the low-noise expert's, by its name."""
+    return file.stem.endswith(("-low-noise", "_low_noise"))
+
+
 def low_noise_files(info: ExportInfo) -> dict[str, Path]:
     """Where the low-noise expert's adapter lies in the export folder, by dialect, beside the high-noise one's."""
     return {

@@ -4,6 +4,8 @@ export/
 ├── diffusers/pytorch_lora_weights.safetensors   (or transformer/) + scheduler/scheduler_config.json
 ├── lycoris/<run>.safetensors                    in its place where lora_type is lycoris: see `lycoris`
 ├── comfyui/<run>.safetensors + workflow.json
+├── videos/                                      of the last validation, for the card
+├── raw/                                         the same for the weights as trained, where the others are the average
 ├── sampler.py                                   the exact few-step sampler on stock diffusers
 ├── distill.json                                 what it is, for programs; written after the weights
 └── README.md                                    what it is, for people: the model card
@@ -118,10 +120,16 @@ def _relative(directory: Path, written: Sequence[Path]) -> list[str]:
 
 
 def export_full(
-    directory: Path, transformer: Any, info: ExportInfo, *, low_noise: LowNoiseLora | None = None
+    directory: Path,
+    transformer: Any,
+    info: ExportInfo,
+    *,
+    low_noise: LowNoiseLora | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[Path]:
     """Writes a full student. transformer: a diffusers model, or a callable that saves one into the folder it is given
-    (a sharded student is gathered by its owner). low_noise: the second expert, a LoRA on the base."""
+    (a sharded student is gathered by its owner, a merged one is streamed), whose precision `dtype` then names.
+    low_noise: the second expert, a LoRA on the base."""
     save_student: Callable[[Path], Any] = getattr(transformer, "save_pretrained", transformer)
 
     def write(folder: Path) -> None:
@@ -129,7 +137,7 @@ def export_full(
 
     choice = scheduler_for(info.schedule, info.renoise)
     folder = write_folder(directory / "diffusers" / "transformer", write)
-    dtype = getattr(transformer, "dtype", None)
+    dtype = dtype or getattr(transformer, "dtype", None)
     low: list[Path] = []
     adapter: dict[str, Any] = {}
     if low_noise is not None:
@@ -202,7 +210,10 @@ def distill_document(
             "seed": info.validation_seed,
             "sizes": [{"width": w, "height": h, "frames": f} for w, h, f in info.validation_sizes],
         },
+        "extracted": dict(info.extracted) if info.extracted else None,
         "metrics": dict(info.metrics),
+        "health": [{"light": light, "name": name, "says": says} for light, name, says in info.health],
+        "config": dict(info.config),
         "tool": f"SimpleTuner-DMD {info.tool_version}".strip(),
         "snippet": load_snippet(info, choice),
     }
@@ -221,7 +232,7 @@ def own_metadata(info: ExportInfo, choice: SchedulerChoice, dialect: str) -> dic
         "guidance": "1" if info.schedule.ladder else f"{info.guidance:g}", "shift": f"{info.schedule.shift:g}",
         "base": info.base_name, "base_hash": info.base_hash, "weights": info.weights,
         "trained_sizes": json.dumps([list(size) for size in info.trained_sizes]),
-        "tool_version": info.tool_version,
+        "tool_version": info.tool_version, "extracted": json.dumps(dict(info.extracted)) if info.extracted else "",
     }  # fmt: skip
     return {f"simpletuner_dmd.{name}": value for name, value in entries.items() if value}
 

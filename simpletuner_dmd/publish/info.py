@@ -34,6 +34,9 @@ class ExportInfo:
     model_type: "lora" or "full". weights: "ema" or "raw". trained_sizes: (width, height, frames) in pixels.
     adapter: "standard" (PEFT's LoRA) or "lycoris", where model_type is "lora". teacher_lora: part of the base.
     train_steps: updates of the student. validation_sizes as trained_sizes. hub_repo: where it is published, if it is.
+    raw_beside: the export holds the weights as trained as well, in raw/. extracted: how a LoRA was taken from a full
+    student (see `extract.Extraction`). health: (light, name, sentence) of each measure. videos: (prompt, file within
+    the export). config: the options of the run that are nobody's secret.
     """
 
     run_name: str
@@ -65,6 +68,11 @@ class ExportInfo:
     hub_repo: str = ""
     adapter: str = "standard"
     teacher_lora: TeacherLora | None = None
+    raw_beside: bool = False
+    extracted: Mapping[str, Any] | None = None
+    health: tuple[tuple[str, str, str], ...] = ()
+    videos: tuple[tuple[str, str], ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lycoris(self) -> bool:

@@ -6,9 +6,10 @@ What comes out is right at strength 1: alphas are folded into the factors.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,6 +26,7 @@ from simpletuner_dmd.publish.dialects import (
     diffusers_module,
     module_names,
 )
+from simpletuner_dmd.publish.experts import is_low_noise
 from simpletuner_dmd.publish.snippets import LORA_FILE
 
 # In a folder: an export, the output folder of a run, or a folder that holds the file itself.
@@ -51,7 +53,8 @@ class AdapterFile:
 
 
 def find_adapter(path: Path, key: str) -> Path:
-    """The adapter's file: the path itself, or what an export folder or a run's output folder holds.
+    """The adapter's file: the path itself, or what an export folder or a run's output folder holds; of two experts, the
+    high-noise one's.
 
     Raises UserError, about the option `key`, where there is none.
     """
@@ -60,7 +63,7 @@ def find_adapter(path: Path, key: str) -> Path:
     if path.is_dir():
         for folder in (path / "export", path):
             for place in _PLACES:
-                if found := sorted(folder.glob(place)):
+                if found := sorted(folder.glob(place), key=lambda file: (is_low_noise(file), file.name)):
                     return found[0]
     raise UserError(
         f"found no adapter at {path}",
@@ -134,52 +137,64 @@ def _kohya_module(name: str) -> str:
     raise ValueError(f"{name!r} is no layer of a Wan transformer")
 
 
-class Changes:
-    """What an adapter adds to the layers of a transformer, at strength 1 and in fp32, one layer at a time.
+class LayerChanges:
+    """What an adapter adds to each layer at strength 1, in fp32, computed when it is asked for.
 
-    The transformer may be without weights yet: only a layer that is asked about needs its own.
+    transformer: where the layers are found by name; without weights (on the meta device) is enough. Iterates over the
+    layers' names. Raises UserError for a DoRA, and for layers that the transformer has not.
     """
 
     def __init__(self, adapter: AdapterFile, transformer: torch.nn.Module) -> None:
-        """Raises UserError for what cannot be merged, or is of another model."""
         if any(MAGNITUDE in name for name in adapter.tensors):
             raise UserError(f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first")
-        self.adapter = adapter
+        self._lycoris, self._transformer = adapter.kind == "lycoris", transformer
         linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
-        self._own = {_in_file(adapter, name): name for name in linear}
-        self._modules = _by_layer(adapter)
-        if unknown := sorted(self._modules.keys() - self._own.keys()):
+        own = {self._in_file(name): name for name in linear}
+        found = _by_layer(adapter)
+        if unknown := sorted(found.keys() - own.keys()):
             raise UserError(
                 f"{adapter.path} does not fit this model: it changes {unknown[0]}, which is no layer of it",
-                key="teacher_lora",
-                fix="name an adapter that was trained on this size of Wan",
+                fix="name the base that the adapter was trained on",
             )
+        self._tensors = {own[name]: tensors for name, tensors in found.items()}
+
+    def _in_file(self, layer: str) -> str:
+        return lycoris.PREFIX + layer.replace(".", "_") if self._lycoris else layer
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __contains__(self, layer: str) -> bool:
+        return layer in self._tensors
 
     @torch.no_grad()
-    def of(self, name: str, layer: torch.nn.Linear) -> tuple[Tensor | None, Tensor | None]:
-        """(change of the weight, change of the bias) of the layer with this name; None where there is none."""
-        inside = _in_file(self.adapter, name)
-        tensors = self._modules.get(inside)
-        if tensors is None:
-            return None, None
-        if self.adapter.kind == "lora":
+    def of(self, layer: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(change of the weight, change of the bias or None). weight: the layer's own, where the transformer has none:
+        a rotation's change depends on it."""
+        tensors = self._tensors[layer]
+        if not self._lycoris:
             return tensors["lora_B.weight"] @ tensors["lora_A.weight"], None
         import lycoris as library
 
-        # lycoris names a module after its place in the model: here one layer stands alone under that name.
-        alone = torch.nn.ModuleDict({inside.removeprefix(lycoris.PREFIX): layer})
+        held: Any = self._transformer.get_submodule(layer)
+        before = held.weight
+        # lycoris names a module after its place in the model: here one layer stands alone under that name, so that
+        # nothing keeps the layers of the whole model.
+        inside = self._in_file(layer)
+        alone = torch.nn.ModuleDict({inside.removeprefix(lycoris.PREFIX): held})
         own = {f"{inside}.{inner}": tensor for inner, tensor in tensors.items()}
-        network, _ = library.create_lycoris_from_weights(1.0, "", alone, weights_sd=own)
-        weight, bias = network.loras[0].get_diff_weight(1.0)
-        return weight, bias
-
-
-def _in_file(adapter: AdapterFile, name: str) -> str:
-    """What the adapter calls a layer."""
-    return name if adapter.kind == "lora" else lycoris.PREFIX + name.replace(".", "_")
+        try:
+            if weight is not None:
+                held.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
+            network, _ = library.create_lycoris_from_weights(1.0, "", alone, weights_sd=own)
+            change, bias = network.loras[0].get_diff_weight(1.0)
+        finally:
+            held.weight = before
+        return change, bias
 
 
 def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    """The adapter's tensors by the layer, as the file names it."""
     if adapter.kind == "lycoris":
         return {name: dict(tensors) for name, tensors in lycoris.by_module(adapter.tensors).items()}
     layers: dict[str, dict[str, Tensor]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -114,3 +115,10 @@ class Progress:
     def _say(self) -> None:
         print(f"step {self.done}/{self.total}: {self.summary()}", file=self.stream, flush=True)
         self._said_at, self._said = self.clock(), self.done
+
+
+def free_memory() -> None:
+    """Hands back, to the device too, what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -19,6 +19,7 @@ from urllib.parse import urlparse
 from torch import Tensor
 
 from simpletuner_dmd import durable
+from simpletuner_dmd.training.tracker_videos import send_video
 
 log = logging.getLogger(__name__)
 
@@ -70,17 +71,14 @@ class Tracking:
         self._row({"event": name, **fields})
 
     def video(self, step: int, name: str, path: Path) -> None:
-        """Notes a rendered video, and hands the file to wandb where it is active."""
+        """Notes a rendered video, and hands it to the trackers."""
         place = path.relative_to(self.output_dir) if path.is_relative_to(self.output_dir) else path
         self._row({"event": "video", "step": step, "name": name, "path": place.as_posix()})
-        if "wandb" in self.trackers:
+        for tracker_name, tracker in list(self.trackers.items()):
             try:
-                import wandb
-
-                # A path: from an array wandb would need moviepy.
-                self.trackers["wandb"].log({name: wandb.Video(str(path), format=path.suffix[1:])}, step=step)
+                send_video(tracker_name, tracker, step, name, path)
             except Exception as error:  # noqa: BLE001  a tracker's failure must not end the run
-                self._drop("wandb", error)
+                self._drop(tracker_name, error)
 
     def close(self) -> None:
         """Finishes the trackers and closes the file; a second call does nothing."""

@@ -210,23 +210,6 @@ def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
         raise source.not_loaded(part, str(error)) from error
 
 
-def load_pipeline(source: ModelSource, transformer: nn.Module) -> Any:
-    """A stock WanPipeline around a given transformer, without text encoder: for prompts embedded already."""
-    from diffusers import WanPipeline
-
-    pipeline = WanPipeline.from_pretrained(
-        source.base,
-        revision=source.revision,
-        variant=source.variant,
-        transformer=transformer,
-        vae=load_vae(source),
-        text_encoder=None,
-        tokenizer=None,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def choose_attention(transformer: nn.Module, mechanism: str) -> str | None:
     """Sets the attention kernel; where it cannot run here, keeps PyTorch's own and returns a line that says so."""
     if mechanism.startswith("sage"):

@@ -250,7 +250,7 @@ def scheme_problem(precision: str, device: torch.device, key: str) -> Problem | 
         where = device.type.upper()
         return Problem("", key, f"{precision} cannot run on this {where}: {scheme.library} says {reason!r}",
                        "install a C++ compiler and `pip install ninja`, or choose int8-quanto"
-                       if precision in ("int4-quanto", "int2-quanto") else "choose another precision, or no_change")  # fmt: skip
+                       if precision in ("int4-quanto", "int2-quanto") else "choose another one")  # fmt: skip
     return None
 
 

@@ -81,6 +81,15 @@ class ModelSource:
             arguments |= {"revision": self.revision, "variant": self.variant}
         return {key: value for key, value in arguments.items() if value is not None}
 
+    def stock_arguments(self) -> dict[str, Any]:
+        """As `arguments` for the transformer, or those of diffusers' `from_single_file`."""
+        arguments = self.arguments("transformer")
+        if not is_weight_file(self.transformer):
+            return arguments
+        config = arguments.pop("pretrained_model_name_or_path")
+        arguments.pop("variant", None)
+        return {"pretrained_model_link_or_path_or_dict": self.transformer, "config": config, **arguments}
+
     def folder(self, part: str) -> Path | None:
         """The folder of a part that is on this disk and not in the Hub's cache."""
         arguments = self.arguments(part)

@@ -426,3 +426,12 @@ def test_whatever_is_written_the_answer_is_a_sentence(home: Path, value: object)
             json.dumps(loaded(home, content).resolved_json())
         except UserError as error:
             assert str(error)
+
+
+def test_the_address_of_a_webhook_is_kept_to_itself(home):
+    """It is a password: it is neither printed nor written into what is shown, kept and sent to trackers."""
+    hooks = [{"webhook_type": "raw", "callback_url": "https://host/hush", "auth_token": "hush", "log_level": "info"}]
+    found = loaded(home, {"webhook_config": hooks})
+    assert found.config.webhook_config[0]["callback_url"] == "https://host/hush"
+    assert "hush" not in json.dumps(found.resolved_json()) + " ".join(found.differences_from_defaults())
+    assert found.options()["webhook_config"][0] == {**hooks[0], "callback_url": "***", "auth_token": "***"}

@@ -19,6 +19,7 @@ from simpletuner_dmd import durable
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.data import sharing
 from simpletuner_dmd.data.buckets import LatentGeometry
+from simpletuner_dmd.data.encode import LOT_BATCHES, Pace
 from simpletuner_dmd.data.sharing import Claims, Saver, share_out
 from simpletuner_dmd.data.store import LatentStore, decode_tensor
 from simpletuner_dmd.data.text_store import TextStore, text_key
@@ -27,7 +28,7 @@ from tests.data.clips import Encoders, captioned, entry, make_config, prepared, 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="processes are forked")
 PROMPTS = [f"prompt number {number}" for number in range(60)]
 KILL_POINTS = 20
-OPERATIONS = ("_write", "_sync", "rename")
+OPERATIONS = ("_write", "_sync", "_replace")
 
 
 def in_process(act: Callable[[], object]) -> int:
@@ -246,6 +247,33 @@ def test_nothing_is_saved_after_an_error_although_it_waited_in_line() -> None:
         saver.save(lambda: saved.append(2))
         assert saved in ([], [1]), "the caller did not wait"
     assert saved == [1]
+
+
+def test_a_lot_is_as_much_as_the_encoder_does_in_a_moment() -> None:
+    pace = Pace()
+    sizes = []
+    for _ in range(7):
+        sizes.append(pace.batches)
+        pace.learn(pace.batches, 0.02 * pace.batches)
+    assert sizes == [1, 2, 4, 8, 12, 12, 12], "12 batches of 20 ms are a quarter of a second"
+    pace.learn(12, 12.0)
+    assert pace.batches == 1, "large clips go one batch at a time"
+    for _ in range(9):
+        pace.learn(pace.batches, 0.0)
+    assert pace.batches == LOT_BATCHES
+
+
+def test_latents_are_flushed_together(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 clips that take no time to encode: a few lots, all of whose files are flushed before their names appear."""
+    for index in range(6, 24):
+        captioned(videos / f"{index}.mp4", caption=f"clip {index}", frames=9 + index)
+    happened: list[str] = []
+    for name in ("_sync", "_replace"):
+        original = getattr(durable, name)
+        monkeypatch.setattr(durable, name, lambda *a, n=name, o=original: (happened.append(n), o(*a))[1])
+    prepared([entry(videos)], make_config(tmp_path), Encoders(LatentGeometry()))
+    named = sum(1 for before, after in zip(happened, happened[1:], strict=False) if before == after == "_replace")
+    assert named >= 15, "most files take their name right after another"
 
 
 def test_a_file_system_without_locks_still_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

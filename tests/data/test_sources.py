@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,11 @@ import pytest
 from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.findings import BAD_ROW, CANNOT_FETCH, CANNOT_READ
 from simpletuner_dmd.data.scan import DatasetScan, look, scan
 from simpletuner_dmd.data.sources import download
-from tests.data.clips import captioned, entry, prompts_entry, write_video
+from tests.data.clips import Encoders, captioned, entry, prepared, prompts_entry, write_video
 from tests.data.stores import FileServer, hub_route, serving
 
 
@@ -46,8 +48,8 @@ def captions(result: DatasetScan) -> list[tuple[str, ...]]:
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[FileServer]:
     files = {}
-    for name in ("a", "b"):
-        files[f"/{name}.mp4"] = write_video(tmp_path / "web" / f"{name}.mp4").read_bytes()
+    for name, frames in (("a", 9), ("b", 10)):
+        files[f"/{name}.mp4"] = write_video(tmp_path / "web" / f"{name}.mp4", frames=frames).read_bytes()
     with serving(files) as server:
         yield server
 
@@ -98,6 +100,50 @@ def test_a_download_that_is_cut_off_leaves_nothing(
     assert not list((tmp_path / "d" / "downloads").glob("*"))
     web.truncate, web.broken = set(), {}
     assert len(scan(csv_entry(table), config).usable) == 2, "the next start goes on"
+
+
+def fill(source: DatasetEntry, config: TrainConfig, **options: Any) -> tuple[int, list[Any], list[str]]:
+    """Prepares one dataset: (clips that were encoded, the samples that training sees, what a person is told)."""
+    encoders = Encoders(LatentGeometry())
+    data = prepared([source], config, encoders, **options)
+    return encoders.clips, [sample for group in data.groups for sample in group.samples], data.notices
+
+
+def test_a_complete_cache_needs_no_copies_of_what_was_fetched(
+    tmp_path: Path, config: TrainConfig, web: FileServer
+) -> None:
+    rows = [{"url": f"{web.url}/{name}.mp4", "caption": name} for name in ("a", "b", "gone")]
+    table = write_csv(tmp_path / "d" / "list.csv", rows)
+    made, samples, _ = fill(csv_entry(table), config)
+    assert made == 2
+    shutil.rmtree(tmp_path / "d" / "downloads")
+    before = sum(web.asked.values())
+    made, again, notices = fill(csv_entry(table), config)
+    assert (made, again) == (0, samples) and sum(web.asked.values()) == before, "not one request"
+    assert any("the cache stands in and nothing is fetched" in notice for notice in notices)
+    assert any("gone.mp4: the server answers 404" in notice for notice in notices), "still said"
+    assert fill(csv_entry(table, repeats=3), config)[0] == 0 and sum(web.asked.values()) == before
+    # Whatever may change the samples is looked at with the files: these are fetched, and encoded where they differ.
+    for change, encoded in (("row", 0), ("option", 0), ("frames", 2), ("vae", 2), ("latents", 2)):
+        source, options = csv_entry(table), {}
+        if change == "row":
+            write_csv(table, [*rows[:2], {"url": f"{web.url}/a.mp4", "caption": "another"}])
+        elif change == "option":
+            source = csv_entry(table, prepend_instance_prompt=True, instance_prompt="film")
+        elif change == "frames":
+            source = csv_entry(table, video={"num_frames": 5})
+        elif change == "vae":
+            options["vae_fingerprint"] = "vae-b"
+        else:
+            fill(source, config)
+            for file in (tmp_path / "cache" / "vae").rglob("??/*.safetensors"):
+                file.unlink()
+        shutil.rmtree(tmp_path / "d" / "downloads", ignore_errors=True)
+        before = web.asked["/b.mp4"]
+        assert fill(source, config, **options)[0] == encoded, change
+        assert web.asked["/b.mp4"] == before + 1, change
+    shutil.rmtree(tmp_path / "d" / "downloads")
+    assert fill(csv_entry(table), config)[1][-1].captions == ("another",), "the manifest is that of the last table"
 
 
 def test_an_unquoted_comma_is_said_and_no_half_caption_is_used(tmp_path: Path, config: TrainConfig) -> None:
@@ -308,6 +354,45 @@ def test_a_part_of_a_hub_dataset_travels_alone(tmp_path: Path, config: TrainConf
     assert hub.sent < 12_000_000 * 2, "of eight row groups, one and what is read ahead of it"
     grown = captions(scan(hub_entry("owner/films", tmp_path, max_num_samples=5), config))
     assert len(set(grown)) == 5 and set(captions(result)) <= set(grown), "a larger part holds the smaller one"
+
+
+def files_asked(hub: FileServer) -> int:
+    return sum(count for path, count in hub.asked.items() if "/resolve/" in path)
+
+
+@pytest.mark.parametrize("parquet", [True, False])
+def test_a_complete_cache_of_a_hub_dataset_asks_for_the_list_of_files_alone(
+    tmp_path: Path, config: TrainConfig, hub: FileServer, parquet: bool
+) -> None:
+    if parquet:
+        write_shards(tmp_path / "set")
+    else:
+        for name, frames in (("a", 9), ("b", 10)):
+            captioned(tmp_path / "set" / f"{name}.mp4", caption=name, frames=frames)
+    source = hub_entry("owner/films", tmp_path)
+    made, samples, _ = fill(source, config)
+    assert made == len(samples) > 1
+    shutil.rmtree(tmp_path / "downloads")
+    before = files_asked(hub)
+    assert fill(source, config)[:2] == (0, samples)
+    assert files_asked(hub) == before and not (tmp_path / "downloads").exists()
+    first = next(path for path in (tmp_path / "set").rglob("*.*") if path.suffix in (".txt", ".parquet"))
+    first.write_bytes(first.read_bytes() + b" ") if not parquet else first.unlink()
+    fill(source, config)
+    assert files_asked(hub) > before, "the dataset has changed"
+
+
+def test_what_is_asked_of_a_file_on_the_hub_is_asked_once(tmp_path: Path, config: TrainConfig, hub: FileServer) -> None:
+    write_shards(tmp_path / "set")
+    words = prompts_entry(
+        tmp_path, type="huggingface", dataset_name="owner/films", instance_data_dir="",
+        download_dir=str(tmp_path / "words"),
+    )  # fmt: skip
+    part = hub_entry("owner/films", tmp_path, max_num_samples=2)
+    first = captions(scan(words, config)), captions(scan(part, config))
+    before = files_asked(hub)
+    assert (captions(scan(words, config)), captions(scan(part, config))) == first
+    assert files_asked(hub) == before
 
 
 def test_a_hub_dataset_of_files_is_copied(tmp_path: Path, config: TrainConfig, hub: FileServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.data.scan import look, scan
 from simpletuner_dmd.data.sources import bucket
-from tests.data.clips import entry, prompts_entry, write_video
+from tests.data.clips import Encoders, entry, prepared, prompts_entry, write_video
 
 BUCKET = "films"
 
@@ -97,6 +98,24 @@ def test_only_what_changed_is_fetched(
     result = scan(source, config)
     assert sorted(fetched) == ["a.txt", "c.mp4"]
     assert [sample.captions for sample in result.usable] == [("A",), ("c",)]
+
+
+def test_a_complete_cache_needs_no_object(
+    store: str, client: Any, tmp_path: Path, config: TrainConfig, encoders: Encoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, frames in (("a", 9), ("b", 10)):
+        upload_clip(client, tmp_path, f"set/{name}.mp4", name, frames)
+    source = bucket_entry(store, tmp_path)
+    samples = [group.samples for group in prepared([source], config, encoders).groups]
+    assert encoders.clips == 2
+    shutil.rmtree(tmp_path / "downloads")
+    with monkeypatch.context() as patch:
+        patch.setattr(bucket, "copy_whole", None)
+        again = prepared([source], config, encoders)
+        assert [group.samples for group in again.groups] == samples and encoders.clips == 2
+    upload(client, "set/a.txt", b"A")
+    changed = prepared([source], config, encoders)
+    assert changed.groups[0].samples[0].captions == ("A",) and encoders.clips == 2, "the pixels are the same"
 
 
 def test_prompts_in_a_bucket(store: str, client: Any, tmp_path: Path, config: TrainConfig) -> None:

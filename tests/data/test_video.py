@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -39,6 +41,75 @@ def test_frame_interval_is_a_stride_in_time(tmp_path: Path) -> None:
 def test_start_seeks(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", frames=50, fps=16)
     assert levels_to_indices(read_clip(path, num_frames=5, framerate=16, start_seconds=30 / 16)) == [30, 31, 32, 33, 34]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many pictures libav decoded, one number per file that was opened."""
+    counts: list[int] = []
+    genuine = av.open
+
+    class Counting:
+        """A container that counts what comes out of `decode`, and of the packets of `demux`."""
+
+        def __init__(self, container: Any) -> None:
+            self._container = container
+            counts.append(0)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._container, name)
+
+        def __enter__(self) -> Counting:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self._container.close()
+
+        def decode(self, stream: Any) -> Iterator[Any]:
+            for frame in self._container.decode(stream):
+                counts[-1] += 1
+                yield frame
+
+        def demux(self, stream: Any) -> Iterator[Any]:
+            for packet in self._container.demux(stream):
+                yield CountingPacket(packet)
+
+    class CountingPacket:
+        def __init__(self, packet: Any) -> None:
+            self._packet = packet
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._packet, name)
+
+        def decode(self) -> list[Any]:
+            frames = list(self._packet.decode())
+            counts[-1] += len(frames)
+            return frames
+
+    monkeypatch.setattr(av, "open", lambda *arguments, **options: Counting(genuine(*arguments, **options)))
+    yield counts
+
+
+def test_no_more_is_decoded_than_is_needed(tmp_path: Path, decoded: list[int]) -> None:
+    """Of 400 pictures with a key picture every 20: counted, because a slow decoder gives the same clip."""
+    pictures = np.broadcast_to((np.arange(400) // 2).astype(np.uint8).reshape(-1, 1, 1, 1), (400, 64, 64, 3))
+    path = write_video(tmp_path / "a.mp4", frames=400, fps=16, gop=20, pictures=pictures)
+    decoded.clear()
+    probe(path)
+    check_reaches(path, 8 / 16)
+    assert sum(decoded) <= 2, "to judge a file, its first picture, and one near the last moment"
+    decoded.clear()
+    check_reaches(path, 399 / 16)
+    assert sum(decoded) <= 1, "at the end of the file too"
+    decoded.clear()
+    assert len(read_clip(path, num_frames=9, framerate=16)) == 9
+    assert decoded == [10], "the nine and the one behind them, which says where the ninth ends"
+    decoded.clear()
+    read_clip(path, num_frames=5, framerate=4)
+    assert decoded == [18], "to the last that is needed, of a file of 400"
+    decoded.clear()
+    read_clip(path, num_frames=5, framerate=16, start_seconds=330 / 16)
+    assert decoded[0] <= 10 + 5 + 1, "from the key picture before the start, at 320"
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def awake(width: int = 6, blocks: Sequence[int] = BLOCKS) -> VideoHead:
 
 def adversary(head: nn.Module | None = None, critic: Any = None, **changes: Any) -> Adversary:
     settings = AdversarySettings(**{"weight": 0.5, **changes})
-    return Adversary(critic or TokenCritic(), head or awake(), BLOCKS, settings, WINDOW, CPU)
+    return Adversary(critic or TokenCritic(), head or awake(), BLOCKS, settings, CPU)
 
 
 def video_batch(count: int = 4, seed: int = 9) -> Batch:
@@ -172,7 +172,7 @@ def test_the_discriminators_loss_moves_the_head_and_the_critic_under_it(detached
     student_x0 = draw(0).requires_grad_()
     batch = video_batch()
     stream = RandomStream(0, 3, batch.positions)
-    losses = list(adversary(head, critic, detach_backbone=detached).critic_losses(student_x0, batch, stream))
+    losses = list(adversary(head, critic, detach_backbone=detached).critic_losses(student_x0, batch, stream, WINDOW))
     assert [loss.name for loss in losses] == ["gan_critic_loss"] * 2
     for loss in losses:
         loss.value.backward()
@@ -193,7 +193,7 @@ def test_the_discriminators_loss_by_hand() -> None:
     critic, head, batch = TokenCritic(), awake(), video_batch()
     gan = adversary(head, critic, critic_weight=0.25, r1_weight=30.0, r1_sigma=0.2)
     stream, x0 = RandomStream(0, 3, batch.positions), draw(0)
-    fake, real = list(gan.critic_losses(x0, batch, stream))
+    fake, real = list(gan.critic_losses(x0, batch, stream, WINDOW))
     fake_x, real_x, nudged_x = (asked["x_t"] for asked in critic.asked)
     sigma_B = critic.asked[0]["sigma"]
     assert torch.allclose(nudged_x - real_x, 0.2 * stream.normal(SHAPE, "gan/r1"), atol=1e-6)
@@ -244,7 +244,7 @@ class FixedLevel(FastStream):
 def test_the_best_logit_is_the_log_ratio_of_the_noised_densities() -> None:
     """Real N(1, 0.5), student N(-0.5, 0.2), both at sigma 0.5: the log ratio is a known parabola."""
     head, count, shape = QuadraticHead(), 40_000, (1, 1, 1, 1)
-    gan = Adversary(Bare(), head, (0,), AdversarySettings(weight=1.0), SigmaWindow(0.0, 1.0), CPU)
+    gan = Adversary(Bare(), head, (0,), AdversarySettings(weight=1.0), CPU)
     seeded = torch.Generator().manual_seed(0)
     real = 1.0 + 0.5**0.5 * torch.randn(count, *shape, generator=seeded)
     student = -0.5 + 0.2**0.5 * torch.randn(count, *shape, generator=seeded)
@@ -253,7 +253,7 @@ def test_the_best_logit_is_the_log_ratio_of_the_noised_densities() -> None:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        losses = list(gan.critic_losses(student, batch, FixedLevel(0, 0, batch.positions)))
+        losses = list(gan.critic_losses(student, batch, FixedLevel(0, 0, batch.positions), SigmaWindow(0.0, 1.0)))
         for loss in losses:
             (loss.value / gan.settings.critic_weight).backward()
         return torch.tensor(sum(loss.reported or 0.0 for loss in losses))
@@ -277,7 +277,7 @@ def test_the_students_term_reaches_x0_and_no_parameter() -> None:
     before = [parameter.clone() for parameter in (*critic.parameters(), *head.parameters())]
     x0, stream = draw(0), RandomStream(0, 3, batch.positions)
     with torch.no_grad():  # whatever is around it, the path to the input is kept
-        push = gan.push(x0, torch.ones_like(x0), batch, stream)
+        push = gan.push(x0, torch.ones_like(x0), batch, stream, WINDOW)
     assert float(push.gradient.abs().min()) > 0
     assert not push.loss.requires_grad and not push.gradient.requires_grad
     after = [*critic.parameters(), *head.parameters()]
@@ -304,13 +304,13 @@ def test_in_ratio_mode_the_weight_is_the_ratio_of_gradients_for_each_sample() ->
     )
     gan = adversary(weight=0.2, weight_mode="ratio")
     stream = RandomStream(0, 3, batch.positions)
-    push = gan.push(x0, matching, batch, stream)
+    push = gan.push(x0, matching, batch, stream, WINDOW)
     norms = push.gradient.flatten(1).norm(dim=1)
     assert torch.allclose(norms, 0.2 * matching.flatten(1).norm(dim=1), rtol=1e-5)
     assert push.metrics["gan_gradient_ratio"] == pytest.approx(0.2, rel=1e-5)
     # Half a batch gives half of the gradient rows, whoever else is there: 1/B is in both gradients.
     half = replace(batch, positions=(0, 1), text=TextEmbedding(batch.text.rows_BLD[:2]))
-    part = gan.push(x0[:2], 2 * matching[:2], half, RandomStream(0, 3, (0, 1)))
+    part = gan.push(x0[:2], 2 * matching[:2], half, RandomStream(0, 3, (0, 1)), WINDOW)
     assert torch.allclose(part.gradient, 2 * push.gradient[:2], rtol=1e-4, atol=1e-9)
 
 
@@ -318,7 +318,7 @@ def test_a_fresh_head_gives_the_student_exactly_nothing_in_either_mode() -> None
     batch, x0 = video_batch(), draw(0)
     for mode in ("absolute", "ratio"):
         gan = adversary(VideoHead(6, BLOCKS), weight_mode=mode)
-        push = gan.push(x0, draw(1), batch, RandomStream(0, 3, batch.positions))
+        push = gan.push(x0, draw(1), batch, RandomStream(0, 3, batch.positions), WINDOW)
         assert torch.equal(push.gradient, torch.zeros_like(x0))
         assert push.metrics["gan_gradient_ratio"] == 0.0
 
@@ -383,7 +383,7 @@ def test_the_terms_gradients_add_at_x0() -> None:
     plain.value.backward()
     assert loss.reported == pytest.approx(float(plain.value.detach()), rel=1e-6), "logged is the matching alone"
     x0 = with_term._roll_out(batch, stream, with_grad=True).x0
-    sigma_B = with_term._critic_window.sigma(stream.uniform("gan/student sigma"))
+    sigma_B = with_term.critic_window(0).sigma(stream.uniform("gan/student sigma"))
     x_t = add_noise(x0, stream.normal(SHAPE, "gan/student noise"), sigma_B)
     term = 0.5 * softplus(-head(critic.features(x_t, sigma_B, batch.text, BLOCKS), sigma_B)).mean()
     (own,) = torch.autograd.grad(term, student.weights)

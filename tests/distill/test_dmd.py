@@ -323,6 +323,35 @@ def test_the_critic_sees_all_noise_levels_and_dropped_captions() -> None:
     assert float((call.said == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rung", "low", "high"),
+    [
+        ({}, 0, LADDER[1], 0.999),
+        ({}, 1, LADDER[2], 0.999),
+        ({}, 3, 0.001, 0.999),
+        ({"ts_schedule_max": True}, 1, LADDER[2], LADDER[1]),
+        ({"ts_schedule": False}, 0, 0.001, 0.999),
+    ],
+)
+def test_the_critic_may_see_an_exit_only_where_it_is_compared(
+    changes: dict[str, object], rung: int, low: float, high: float
+) -> None:
+    """The critic's draws fill the window of the rollout's own exit."""
+    method, _, student, critic, _ = learned(make_settings(fake_score_ts_schedule=True, **changes))
+    assert (method.critic_window(rung).low, method.critic_window(rung).high) == pytest.approx((low, high))
+    batch = make_batch(2000, (1, 1, 1, 1))
+    for seed in range(30):
+        list(method.critic_losses(batch, FastStream(seed, 0, batch.positions)))
+        left_at = len(student.calls) - 1  # one call for each rung, as far as the exit
+        seen = critic.calls[-1].sigma
+        method.end_step()
+        student.calls.clear()
+        if left_at == rung:
+            assert low <= float(seen.min()) < low + 0.01 and high - 0.01 < float(seen.max()) <= high
+            return
+    raise AssertionError("no rollout left at this rung")
+
+
 def test_repeats_of_the_critic_are_a_mean_over_fresh_noise() -> None:
     method, _, student, critic, _ = learned(make_settings(critic_noise_repeats=3))
     batch = make_batch(4, SHAPE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -31,15 +32,15 @@ COVARIANCE = torch.tensor([[0.5, 0.2], [0.2, 0.3]])
 
 
 def settings(ladder: tuple[float, ...] = (1.0,), guidance: float = 1.0, interval: int = 1, warmup: int = 0,
-             repeats: int = 1, shift: float = 1.0) -> DMDSettings:  # fmt: skip
+             repeats: int = 1, shift: float = 1.0, **more: Any) -> DMDSettings:  # fmt: skip
     return DMDSettings(
         RolloutSettings(Schedule(ladder=ladder)),
         generator_update_interval=interval,
         critic_warmup_steps=warmup,
         real_score_guidance_scale=guidance,
         timestep_shift=shift,
-        ts_schedule=False,
         critic_noise_repeats=repeats,
+        **{"ts_schedule": False, **more},
     )
 
 
@@ -100,6 +101,35 @@ def test_a_learned_critic_suffices() -> None:
     matrix = student.matrix[0].detach()
     assert float((student.offset[0].detach() - MEAN).abs().max()) < 0.05
     assert float(((matrix @ matrix.T).diagonal().sqrt() - variance.sqrt()).abs().max()) < 0.05
+
+
+@pytest.mark.parametrize(("follows", "expected"), [(True, 0.5), (False, 0.98)])
+def test_the_last_step_is_not_judged_by_the_blur_of_the_first(follows: bool, expected: float) -> None:
+    """A first exit that cannot spread (its variance stays 0.02), a second that can, data of variance 0.5. A critic that
+    learns both at all noise levels matches their mean: the last step then spreads to 2 x 0.5 - 0.02."""
+    student, critic = AffineStudent((1.0, 0.6), channels=2), AffineCritic(channels=2, knots=16)
+    teacher = GaussianTeacher(MEAN, torch.diag(torch.tensor([0.5, 0.5])))
+    with torch.no_grad():
+        student.matrix[0].copy_(0.02**0.5 * torch.eye(2))
+        student.offset[0].copy_(MEAN)
+    blurred = [parameter.detach()[0].clone() for parameter in (student.matrix, student.offset)]
+
+    def keep_blurred() -> None:
+        with torch.no_grad():
+            for parameter, value in zip((student.matrix, student.offset), blurred, strict=True):
+                parameter[0] = value
+
+    wanted = settings((1.0, 0.6), interval=5, warmup=100, ts_schedule=True, fake_score_ts_schedule=follows)
+    optimizers = {
+        "student": torch.optim.Adam(student.parameters(), lr=0.02, betas=(0.0, 0.999)),
+        "critic": torch.optim.Adam(critic.parameters(), lr=0.02, betas=(0.0, 0.999)),
+    }
+    method = DMD(teacher, student, critic, wanted, CPU)
+    train(method, optimizers, 2600, 64, (2, 1, 2, 2), after_step=keep_blurred)
+    matrix, noise = student.matrix[1].detach(), torch.randn(2, 40_000, generator=torch.Generator().manual_seed(0))
+    entering = 0.4 * (MEAN[:, None] + blurred[0] @ noise) + 0.6 * torch.randn(noise.shape)
+    variance = (matrix @ entering).var(dim=1)
+    assert float((variance - expected).abs().max()) < 0.06
 
 
 class KernelCritic:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from simpletuner_dmd.publish import fresh_process, load_back
 from tests.support.pipelines import save_small_pipeline
 from tests.support.runs import SMALL_DMD, Project
 
@@ -21,6 +22,14 @@ def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     for variable in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(variable, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def load_back_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the export in this process: its own takes seconds to import diffusers. Not where a test is marked
+    `fresh_process`, nor in runs that are processes of their own."""
+    if request.node.get_closest_marker("fresh_process") is None:
+        monkeypatch.setattr(load_back, "in_fresh_process", fresh_process.run)
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,29 @@ def test_two_experts_are_shipped_with_their_boundary(make_project: ProjectMaker,
     assert any("proj_out" in name for name in low) and any("time_embedder" in name for name in low)
 
 
+@pytest.mark.parametrize("student", ["lora", "lokr"])
+def test_two_experts_are_trained_one_after_the_other(make_project: ProjectMaker, tmp_path: Path, student: str) -> None:
+    """The second run's export holds the first run's semantic expert as it was, beside its own detail expert."""
+    datasets = videos_dataset(write_small_set(tmp_path / "videos", 2))
+    exports = []
+    for mode in ("semantic", "detail"):
+        start = {"init_lora": str(exports[0].parent)} if exports else {}
+        project = make_project(
+            mode, datasets, distillation_method="dcm", distillation=SETTINGS["dcm"] | {"mode": mode},
+            max_train_steps=3, **STUDENTS[student], **start,
+        )  # fmt: skip
+        assert project.train() == 0
+        assert project.rows("export")[0]["passed"]
+        exports.append(project.output / "export")
+    folder = "diffusers" if student == "lora" else "lycoris"
+    first, second = (
+        {("low" if "low" in file.name else "high"): load_file(file) for file in (export / folder).glob("*.safetensors")}
+        for export in exports
+    )
+    assert all(torch.allclose(first["high"][name], second["high"][name], rtol=1e-6) for name in first["high"])
+    assert any(not torch.equal(first["low"][name], second["low"][name]) for name in first["low"])
+
+
 @pytest.mark.parametrize("student", ["lokr", "full"])
 def test_two_experts_of_other_kinds_are_sampled_and_exported_again(
     make_project: ProjectMaker, tmp_path: Path, student: str

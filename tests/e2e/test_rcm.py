@@ -20,8 +20,9 @@ RCM = {"student_steps": 3, "tangent_warmup_steps": 2, "generator_update_interval
         ("finite_difference", {"base_model_precision": "int8-quanto"}),
         ("jvp", {"mixed_precision": "bf16", "gradient_checkpointing": True}),
         ("jvp", {"model_type": "full", "learning_rate": 1e-4, "mixed_precision": "bf16"}),
+        ("jvp", {"lora_type": "lycoris", "lycoris_config": {"algo": "lokr", "linear_dim": 4, "linear_alpha": 4}}),
     ],
-    ids=["difference", "difference-int8", "jvp-bf16", "jvp-full-bf16"],
+    ids=["difference", "difference-int8", "jvp-bf16", "jvp-full-bf16", "jvp-lokr"],
 )
 def test_rcm_trains_and_exports(
     make_project: ProjectMaker, tmp_path: Path, method: str, options: dict[str, object]

@@ -12,7 +12,7 @@ import torch
 
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
-from simpletuner_dmd.publish.load_back import _load_sampler
+from simpletuner_dmd.publish.fresh_process import _load_sampler
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.causal import CausalWanDenoiser, Window
 from tests.wan.tiny import CHANNELS, prompts, tiny_wan

@@ -11,6 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from simpletuner_dmd.flow import Schedule, uniform_ladder
+from simpletuner_dmd.publish import record
 from simpletuner_dmd.publish.export import export_full, export_lora
 from simpletuner_dmd.publish.info import decimals
 
@@ -166,3 +167,57 @@ def test_unknown_format_is_refused(tmp_path, lora):
     with pytest.raises(ValueError, match="kohya"):
         export_lora(tmp_path, lora, rank=RANK, alpha=ALPHA, info=make_info(), formats=("kohya",))
     assert not any(tmp_path.iterdir())
+
+
+def test_the_card_says_how_the_run_was(tmp_path, lora):
+    """Health, settings and what an extraction lost; a fence in a prompt does not end the block of settings."""
+    found = {"rank": 4, "relative_error": 0.25, "left_out": 0.5, "worst_layer": "blocks.0", "worst_error": 0.75}
+    info = make_info(
+        health=(("yellow", "motion", "motion is 48% of the teacher's"),), config={"prompt": "a ``` b", "seed": 5},
+        extracted=found, videos=(("a cat", "videos/cat.mp4"),), raw_beside=True,
+    )  # fmt: skip
+    export_lora(tmp_path, lora, rank=RANK, alpha=ALPHA, info=info)
+    matter, body = split_card(tmp_path)
+    assert matter["widget"] == [{"text": "a cat", "output": {"url": "videos/cat.mp4"}}]
+    assert "| yellow motion | motion is 48% of the teacher's |" in body
+    assert "lossy" in body and "25%" in body and "75%" in body and "50%" in body
+    (block,) = re.findall(r"^(`{4,})json\n(.*?)\n\1$", body, re.DOTALL | re.MULTILINE)
+    assert json.loads(block[1]) == {"prompt": "a ``` b", "seed": 5}
+    document = json.loads((tmp_path / "distill.json").read_text())
+    assert document["extracted"] == found and document["health"][0]["light"] == "yellow"
+    assert json.loads(metadata(tmp_path / "comfyui" / "my-run.safetensors")["simpletuner_dmd.extracted"]) == found
+
+
+def test_what_a_run_recorded_is_taken_over(tmp_path):
+    rows = [
+        {"event": "validation", "step": 1, "kind": "student", "file": "old.mp4", "prompt": "a"},
+        {"event": "validation", "step": 2, "kind": "student", "file": "raw.mp4", "prompt": "a"},
+        {"event": "validation", "step": 2, "kind": "student-ema", "file": "ema.mp4", "prompt": "a"},
+        {"event": "validation", "step": 2, "kind": "student-ema", "file": "gone.mp4", "prompt": "b"},
+        {"event": "validation", "step": 0, "kind": "teacher", "file": "teacher.mp4", "prompt": "a"},
+        {"event": "health", "step": 1, "lights": [{"light": "red", "name": "motion", "sentence": "frozen"}]},
+        {"event": "health", "step": 2, "lights": [{"light": "green", "name": "motion", "sentence": "as it should"}]},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "vali')
+    for name in ("old", "raw", "ema", "teacher"):
+        (tmp_path / f"{name}.mp4").write_bytes(name.encode())
+    assert record.copy_videos(tmp_path, tmp_path / "export") == (("a", "videos/ema.mp4"),)
+    assert (tmp_path / "export" / "videos" / "ema.mp4").read_bytes() == b"ema"
+    assert record.last_health(tmp_path) == (("green", "motion", "as it should"),)
+    assert record.last_health(tmp_path / "nothing") == record.copy_videos(tmp_path / "nothing", tmp_path / "b") == ()
+
+
+def test_settings_are_shown_without_the_machine(tmp_path):
+    options = {
+        "webhook_config": {"webhook_url": "secret"},
+        "output_dir": "/home/me/out",
+        "seed": 5,
+        "hub_model_id": None,
+        "pretrained_model_name_or_path": "Wan-AI/Wan2.1",
+        "init_lora": str(tmp_path / "it.safetensors"),
+        "names": ["/home/me/a", "plain"],
+    }
+    assert record.shown_config(options) == {
+        "seed": 5, "pretrained_model_name_or_path": "Wan-AI/Wan2.1", "init_lora": "it.safetensors",
+        "names": ["a", "plain"],
+    }  # fmt: skip

@@ -1,15 +1,13 @@
-"""Hub and webhook: against real sockets on loopback; a failure is a warning and nothing else."""
+"""The webhook, against real sockets on loopback; a failure is a warning and nothing else."""
 
-import inspect
 import json
-import logging
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from simpletuner_dmd.publish.hub import HubUploader, check_access, push_command
-from simpletuner_dmd.publish.webhook import Webhook
+from simpletuner_dmd.publish.webhook import Endpoint, Webhook
 
 
 @pytest.fixture
@@ -20,7 +18,10 @@ def server():
         def answer(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             self.server.requests.append((self.path, dict(self.headers), body))
-            self.send_response(self.server.status)
+            following = self.server.statuses.pop(0) if self.server.statuses else self.server.status
+            self.send_response(following)
+            if following == 429:
+                self.send_header("Retry-After", "0.05")
             self.send_header("Content-Length", "0")
             self.end_headers()
 
@@ -30,7 +31,7 @@ def server():
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.requests, httpd.status = [], 200
+    httpd.requests, httpd.status, httpd.statuses = [], 200, []
     httpd.url = f"http://127.0.0.1:{httpd.server_port}"
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield httpd
@@ -65,7 +66,9 @@ def test_discord_webhook_from_a_file(server, tmp_path):
 @pytest.mark.parametrize(
     ("content", "word"),
     [(None, "does not exist"), ("{", "cannot be used"), ("[1]", "cannot be used"), ("{}", "http or https"),
-     ('{"webhook_url": "ftp://secret-token@host"}', "http or https")],
+     ('{"webhook_url": "ftp://secret-token@host"}', "http or https"),
+     ('{"webhook_url": "http://host", "colour": 1}', "unknown: colour"),
+     ('{"webhook_url": "http://host", "log_level": "loud"}', "log_level")],
 )  # fmt: skip
 def test_an_unusable_config_is_one_warning(tmp_path, caplog, content, word):
     path = tmp_path / "webhook.json"
@@ -95,79 +98,43 @@ def test_a_failing_webhook_warns_without_its_address(server, caplog, case):
     assert "secret-path" not in caplog.text
 
 
-@pytest.fixture
-def no_offline(monkeypatch):
-    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
+def test_what_fails_for_a_moment_is_sent_again_in_order(server):
+    server.statuses = [500, 429, 502]
+    hook = Webhook([Endpoint(f"{server.url}/hook", "raw", "run")], waits=(0.01, 0.01, 0.01))
+    hook.send("first", step=1)
+    hook.send("second", step=2)
+    while len(server.requests) < 5:
+        time.sleep(0.01)
+    assert hook.close() and not hook.failures
+    assert [json.loads(body)["step"] for _, _, body in server.requests] == [1, 1, 1, 1, 2]
 
 
-@pytest.mark.usefixtures("no_offline")
-@pytest.mark.parametrize("case", ["status", "refused"])
-def test_a_failing_hub_warns_with_the_command(server, tmp_path, caplog, case):
-    server.status = 401
-    (tmp_path / "README.md").write_text("hello")
-    uploader = HubUploader(
-        "me/it", token="hf_secret", endpoint=server.url if case == "status" else "http://127.0.0.1:1"
-    )
-    with caplog.at_level(logging.WARNING):
-        uploader.upload(tmp_path)
-        assert uploader.close(60)
-    assert not uploader.uploaded
-    assert push_command("me/it", tmp_path) in uploader.failures[0]
-    assert "hf_secret" not in caplog.text
+def test_what_is_refused_is_not_sent_again(server):
+    server.status = 404
+    hook = Webhook([Endpoint(f"{server.url}/hook", "raw", "run")], waits=(0.01,))
+    hook.send("hello")
+    assert hook.close()
+    assert len(server.requests) == len(hook.failures) == 1
 
 
-def test_offline_is_respected(server, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    uploader = HubUploader("me/it", token="x", endpoint=server.url)
-    uploader.upload(tmp_path)
-    assert uploader.close(5)
-    assert "HF_HUB_OFFLINE" in uploader.failures[0]
-    assert not server.requests
+def test_one_dead_endpoint_does_not_hold_up_the_others_nor_the_end(server):
+    server.statuses = [500]
+    dead = Endpoint("http://127.0.0.1:1/secret", "raw", "run")
+    hook = Webhook([dead, Endpoint(f"{server.url}/hook", "raw", "run")], waits=(60.0,))
+    server.statuses = []
+    began = time.monotonic()
+    hook.send("hello")
+    while not server.requests:
+        time.sleep(0.01)
+    assert hook.close()
+    assert time.monotonic() - began < 10
+    assert len(hook.failures) == 1
 
 
-@pytest.mark.usefixtures("no_offline")
-def test_access_is_judged_at_start(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_TOKEN", "")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
-    assert "hub_model_id" in check_access(None, "export")
-    assert "hf upload me/it 'my export'" in check_access("me/it", "my export")
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
-    assert check_access("me/it", "export") is None
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE" in check_access("me/it", "export")
-
-
-@pytest.mark.usefixtures("no_offline")
-def test_a_hub_that_hangs_does_not_hold_the_run(tmp_path):
-    import socket
-
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen()
-        uploader = HubUploader("me/it", token="x", endpoint=f"http://127.0.0.1:{deaf.getsockname()[1]}")
-        uploader.upload(tmp_path)
-        assert uploader.close(0.2) is False
-
-
-@pytest.mark.usefixtures("no_offline")
-def test_uploads_run_in_order_with_calls_the_library_knows(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
-    calls = []
-
-    def recorder(name):
-        signature = inspect.signature(getattr(HfApi, name))
-        return lambda self, *args, **words: calls.append((name, signature.bind(self, *args, **words).arguments))
-
-    for name in ("create_repo", "upload_folder"):
-        monkeypatch.setattr(HfApi, name, recorder(name))
-    uploader = HubUploader("me/it", token="x")
-    uploader.upload(tmp_path, path_in_repo="first")
-    uploader.upload(tmp_path, path_in_repo="second")
-    assert uploader.close(30)
-    assert [name for name, _ in calls] == ["create_repo", "upload_folder"] * 2
-    assert calls[0][1]["private"] is True
-    assert [words["path_in_repo"] for name, words in calls if name == "upload_folder"] == ["first", "second"]
-    assert uploader.uploaded == [tmp_path] * 2
-    assert not uploader.failures
+def test_log_level_error_hears_of_errors_only(server):
+    hook = Webhook.from_config({"callback_url": f"{server.url}/hook", "log_level": "error", "auth_token": "k"}, "run")
+    hook.send("a checkpoint", event="checkpoint")
+    hook.send("it broke", event="error")
+    assert hook.close()
+    assert [json.loads(body)["message"] for _, _, body in server.requests] == ["it broke"]
+    assert server.requests[0][1]["X-Api-Key"] == "k" or server.requests[0][1].get("X-API-Key") == "k"

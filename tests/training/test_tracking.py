@@ -1,3 +1,4 @@
+import io
 import json
 import logging
 import sys
@@ -5,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from simpletuner_dmd.training import tracking
+from simpletuner_dmd.training.tracker_videos import animated
 from simpletuner_dmd.training.tracking import Tracking
+from tests.support.videos import write_moving_square
 
 
 def rows(folder, name="metrics.jsonl"):
@@ -145,7 +149,7 @@ def test_no_wandb_key_means_offline(tmp_path, monkeypatch, caplog):
 
 def test_a_video_goes_to_wandb_as_a_file(tmp_path, guest, monkeypatch):
     made = []
-    fake = SimpleNamespace(Video=lambda path, format: made.append((path, format)) or "video")
+    fake = SimpleNamespace(Video=lambda path, format: made.append((path, format)) or "video", __spec__=None)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = Tracking(tmp_path, "wandb")
     run.video(3, "a cat", tmp_path / "x.mp4")
@@ -163,24 +167,38 @@ def test_accelerates_trackers_are_made_as_it_makes_them(tmp_path, monkeypatch):
     assert tracking._open("trackio", tmp_path, "project", "run").init_kwargs == {"name": "run"}
 
 
-def test_a_real_tracker_takes_a_whole_run(tmp_path, monkeypatch, caplog):
-    """wandb itself, offline: what the recorders above cannot know, such as what accelerate wants set up first."""
-    pytest.importorskip("wandb", reason="wandb is an extra")
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_real_tracker_takes_a_whole_run(tmp_path, monkeypatch, caplog, name):
+    """The libraries themselves, without account or network: what the recorders above cannot know."""
     accelerate = pytest.importorskip("accelerate")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "x.mp4").write_bytes(b"\0" * 100)
+    settings = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    for variable, value in {**settings, "HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(variable, value)
+    pytest.importorskip(name, reason=f"{name} is an extra")  # trackio reads its folder when it is imported
+    video = write_moving_square(tmp_path / "x.mp4", frames=5)
     try:
         with caplog.at_level(logging.WARNING, logger=tracking.__name__):
-            run = Tracking(tmp_path, "wandb", run_name="r", config={"lr": 1e-5, "list": [1, None], "none": None})
-            assert list(run.trackers) == ["wandb"]
+            run = Tracking(tmp_path, name, run_name="r", config={"lr": 1e-5, "list": [1, None], "none": None})
+            assert list(run.trackers) == [name]
             run.log(1, {"loss": 0.5, "bad": float("nan")})
-            run.video(1, "a cat", tmp_path / "x.mp4")
-            assert list(run.trackers) == ["wandb"]
+            run.video(1, "a cat", video)
+            assert list(run.trackers) == [name], caplog.text
             run.close()
     finally:
         accelerate.PartialState._reset_state()
     assert not [record for record in caplog.records if record.name == tracking.__name__]
-    copies = list((tmp_path / "wandb").glob("offline-run-*/files/media/videos/*.mp4"))
-    assert len(copies) == 1 and copies[0].read_bytes() == b"\0" * 100
+    if name == "tensorboard":
+        events = b"".join(path.read_bytes() for path in (tmp_path / name).rglob("events.*"))
+        assert events.count(b"GIF89a") == 1 and b"a cat" in events
+    else:
+        where = "wandb/offline-run-*/files/media/videos/*.mp4" if name == "wandb" else "trackio/**/*.mp4"
+        copies = list(tmp_path.glob(where))
+        assert len(copies) == 1 and copies[0].read_bytes() == video.read_bytes()
+
+
+def test_an_animated_picture_is_small(tmp_path):
+    video = write_moving_square(tmp_path / "x.mp4", size=(640, 320), frames=100)
+    picture, width, height = animated(video)
+    with Image.open(io.BytesIO(picture)) as opened:
+        assert (opened.n_frames, opened.size, (width, height)) == (34, (320, 160), (320, 160))
+        assert abs(opened.info["duration"] - 3000 / 16) < 10  # GIF counts in hundredths of a second

@@ -321,7 +321,7 @@ def test_a_fine_tune_of_another_model_is_refused_before_any_weight(tmp_path: Pat
     save_file({f"{layer}.lora_A.weight": torch.ones(2, 8), f"{layer}.lora_B.weight": torch.ones(8, 2)}, file)
     with (
         pytest.MonkeyPatch.context() as patch,
-        pytest.raises(UserError, match="teacher_lora: .*changes blocks.77.attn1.to_q, which is no layer"),
+        pytest.raises(UserError, match="changes blocks.77.attn1.to_q, which is no layer"),
     ):
         patch.setattr("simpletuner_dmd.wan.checkpoints.Checkpoint.read", lambda *_: pytest.fail("weights were read"))
         load_transformer(SOURCE, torch.bfloat16, merge=TeacherMerge(str(file)))

@@ -55,6 +55,9 @@ class RunOptions(Protocol):
     def global_batch_size(self) -> int: ...
 
     @property
+    def init_lora(self) -> str | None: ...
+
+    @property
     def learning_rate(self) -> float: ...
 
     @property

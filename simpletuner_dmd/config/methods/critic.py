@@ -69,6 +69,11 @@ class CriticOptions(LadderOptions):
     ts_schedule_max: bool = Field(
         False, description="Compares only at less noise than the student's exit step has: the upper end follows it."
     )
+    fake_score_ts_schedule: bool = Field(
+        False,
+        description="Critic and discriminator learn from a sample only at the noise levels at which `ts_schedule` lets "
+        "samples of its exit be compared, so that they never judge the last step by the blur of the first.",
+    )
 
     @classmethod
     def complete(cls, given: dict[str, Any], outside: dict[str, Any]) -> dict[str, Any]:

@@ -208,7 +208,18 @@ class DcmConfig(AdversaryOptions):
                 f"flow_schedule_shift has no effect on DCM's noise levels: dcm_shift {self.dcm_shift:g} sets them."
             )
         if self.mode == "semantic":
-            found.append("mode semantic: below the split the student stays the teacher; train it with mode detail.")
+            found.append(
+                "mode semantic: below the split the student stays the teacher; a second run in mode detail trains it."
+            )
+        if self.mode == "detail" and (config.init_lora is None or config.model_type == "full"):
+            found.append(
+                "mode detail: above the split the student stays the teacher"
+                + (
+                    ", and a full network cannot be taken over from the run that trained it."
+                    if config.model_type == "full"
+                    else '; "init_lora" with the output folder of the run in mode semantic takes over its expert.'
+                )
+            )
         if config.model_type == "full":
             found.append(
                 f"model_type full: the semantic expert is the full network, the detail expert a LoRA of rank "

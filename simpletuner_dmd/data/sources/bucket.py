@@ -12,6 +12,7 @@ from typing import Any
 
 from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.data.disk import digest
 from simpletuner_dmd.data.findings import CANNOT_FETCH, Rejected, UnusableFile
 from simpletuner_dmd.data.sources.download import copy_whole, in_parallel, inside, json_whole
 from simpletuner_dmd.data.sources.items import missing_extra
@@ -19,13 +20,31 @@ from simpletuner_dmd.data.sources.items import missing_extra
 INDEX = ".bucket.json"
 
 
-def mirror(entry: DatasetEntry, folder: Path) -> list[Rejected]:
-    """Makes `folder` hold what the bucket holds below the prefix; returns the objects that could not be fetched.
+Objects = dict[str, tuple[str, str, int]]
+"""Name below the prefix -> (key, tag of its content, size)."""
 
-    Files of objects that are gone from the bucket are removed: they are copies. Raises UserError when the bucket
-    cannot be listed.
+
+def mirror(entry: DatasetEntry, folder: Path) -> tuple[list[Rejected], str]:
+    """Makes `folder` hold what the bucket holds below the prefix.
+
+    Returns the objects that could not be fetched, and the name of what the bucket holds. Files of objects that are
+    gone from the bucket are removed: they are copies. Raises UserError when the bucket cannot be listed.
     """
     store = open_store(entry)
+    wanted = _listed(entry, store, folder)
+    return _bring_up_to_date(store, folder, wanted), _named(wanted)
+
+
+def content_of(entry: DatasetEntry, folder: Path) -> str:
+    """The name of what the bucket holds now; nothing but the listing is fetched. Raises UserError."""
+    return _named(_listed(entry, open_store(entry), folder))
+
+
+def _named(wanted: Objects) -> str:
+    return digest(json.dumps(sorted(wanted.items())))
+
+
+def _listed(entry: DatasetEntry, store: Any, folder: Path) -> Objects:
     from botocore.exceptions import BotoCoreError
 
     prefix = (entry.instance_data_dir or "").strip("/")
@@ -34,7 +53,7 @@ def mirror(entry: DatasetEntry, folder: Path) -> list[Rejected]:
         listed = store.find(root, detail=True)
     except (OSError, ValueError, BotoCoreError) as error:
         raise _unreachable(entry, error) from error
-    wanted: dict[str, tuple[str, str, int]] = {}
+    wanted: Objects = {}
     for key, about in listed.items():
         if about["type"] != "file" or key.endswith("/") or (key.rstrip("/") == root and not about["size"]):
             continue  # an empty object that stands for a folder
@@ -46,10 +65,10 @@ def mirror(entry: DatasetEntry, folder: Path) -> list[Rejected]:
     if not wanted:
         raise UserError(f"s3://{root} holds no object", key=f"{entry.id}.instance_data_dir",
                         fix="correct the prefix, or upload the files")  # fmt: skip
-    return _bring_up_to_date(store, folder, wanted)
+    return wanted
 
 
-def _bring_up_to_date(store: Any, folder: Path, wanted: dict[str, tuple[str, str, int]]) -> list[Rejected]:
+def _bring_up_to_date(store: Any, folder: Path, wanted: Objects) -> list[Rejected]:
     there = _index(folder)
 
     from botocore.exceptions import BotoCoreError

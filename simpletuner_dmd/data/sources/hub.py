@@ -10,14 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from simpletuner_dmd.config.databackend import DatasetEntry
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.data.disk import digest
 from simpletuner_dmd.data.findings import BAD_ROW, CANNOT_FETCH, Rejected, UnusableFile
 from simpletuner_dmd.data.kinds import suffix_of
 from simpletuner_dmd.data.sources.download import copy_whole, fetch, inside, is_url, json_whole
@@ -62,17 +64,28 @@ def find_shards(entry: DatasetEntry) -> list[Shard]:
 
 
 def _hub_shards(entry: DatasetEntry) -> list[Shard]:
+    filesystem, versions = _hub_files(entry)
+    names = {path.split("/", 3)[-1]: path for path in versions if path.endswith(".parquet")}
+    return [Shard(names[name], versions[names[name]], filesystem) for name in _of_split(sorted(names), entry)]
+
+
+def _hub_files(entry: DatasetEntry) -> tuple[Any, dict[str, str]]:
+    """(the Hub's file system, path -> version of each file of the dataset). Raises UserError."""
     from huggingface_hub import HfFileSystem
 
     filesystem = HfFileSystem(skip_instance_cache=True)
     root = f"datasets/{entry.dataset_name}" + (f"@{entry.revision}" if entry.revision else "")
     listed = _ask_hub(entry, lambda: filesystem.find(root, detail=True))
-    files = {path: about for path, about in listed.items() if path.endswith(".parquet")}
-    names = {path.split("/", 3)[-1]: path for path in files}
-    return [
-        Shard(names[name], str(files[names[name]].get("blob_id") or files[names[name]]["size"]), filesystem)
-        for name in _of_split(sorted(names), entry)
-    ]
+    return filesystem, {path: str(about.get("blob_id") or about["size"]) for path, about in listed.items()}
+
+
+def content_of(entry: DatasetEntry, shards: list[Shard]) -> str:
+    """The name of what the dataset holds: its `shards`, or all of its files; none of them is fetched.
+
+    Raises UserError.
+    """
+    versions = {shard.place: shard.version for shard in shards} or _hub_files(entry)[1]
+    return digest(json.dumps(sorted(versions.items())))
 
 
 def _ask_hub(entry: DatasetEntry, question: Any) -> Any:
@@ -109,18 +122,37 @@ def _no_split(entry: DatasetEntry, message: str) -> UserError:
     return UserError(message, key=f"{entry.id}.split", fix="correct split or dataset_name")
 
 
-def read_captions(entry: DatasetEntry, shards: list[Shard]) -> tuple[list[tuple[str, ...]], list[Rejected]]:
-    """The captions of every row; no other column is read."""
+def read_captions(
+    entry: DatasetEntry, shards: list[Shard], folder: Path
+) -> tuple[list[tuple[str, ...]], list[Rejected]]:
+    """The captions of every row; no other column is read, and of the Hub's each file once."""
     rows: list[tuple[str, ...]] = []
     rejected: list[Rejected] = []
     for shard in shards:
-        for number, record in _records(entry, shard, media=None):
-            captions = captions_in(record["caption"])
+
+        def ask(shard: Shard = shard) -> list[tuple[str, ...]]:
+            return [captions_in(record["caption"]) for _, record in _records(entry, shard, media=None)]
+
+        for number, captions in enumerate(_remembered(shard, folder, f"captions {entry.caption_column}", ask), 1):
             if captions:
-                rows.append(captions)
+                rows.append(tuple(captions))
             else:
                 rejected.append(Rejected(Path(shard.place), f"row {number} has no caption", kind=BAD_ROW))
     return chosen(rows, entry.max_num_samples, entry.id), rejected
+
+
+def _remembered(shard: Shard, folder: Path, what: str, ask: Callable[[], Any]) -> Any:
+    """What `ask` found, as JSON reads it back. Of a file on the Hub it is kept in `folder` and asked once."""
+    if shard.filesystem is None:
+        return ask()
+    name = hashlib.sha256("\x1f".join([shard.place, shard.version, what]).encode()).hexdigest()[:16]
+    kept = folder / f"{name}.json"
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = ask()
+    json_whole(kept, lambda file: json.dump(found, file, ensure_ascii=False))
+    return found
 
 
 def list_media(entry: DatasetEntry, shards: list[Shard], folder: Path) -> Listing:
@@ -129,11 +161,11 @@ def list_media(entry: DatasetEntry, shards: list[Shard], folder: Path) -> Listin
     wanted: list[set[int] | None] = [None] * len(shards)
     if entry.max_num_samples is not None:
         # The footers say how many rows there are; of the videos only those that are chosen are read.
-        counts = [_row_count(entry, shard) for shard in shards]
+        counts = [_remembered(shard, folder, "rows", partial(_row_count, entry, shard)) for shard in shards]
         rows = [(index, row) for index, count in enumerate(counts) for row in range(1, count + 1)]
         taken = chosen(rows, entry.max_num_samples, entry.id)
         wanted = [{row for index, row in taken if index == number} for number in range(len(shards))]
-    listing = Listing()
+    listing = Listing(content=content_of(entry, shards))
     for shard, rows_of_it in zip(shards, wanted, strict=True):
         one = _list_shard(entry, shard, column, folder, rows_of_it)
         listing.items += one.items

@@ -28,11 +28,15 @@ class Item:
 
 @dataclass
 class Listing:
-    """All files of a dataset, and everything that is no file: rows that cannot be read, downloads that failed."""
+    """All files of a dataset, and everything that is no file: rows that cannot be read, downloads that failed.
+
+    content: names what a source elsewhere held when it was listed; another value means that it has changed.
+    """
 
     items: list[Item] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+    content: str = ""
 
 
 def chosen(everything: Sequence[T], most: int | None, dataset: str) -> list[T]:

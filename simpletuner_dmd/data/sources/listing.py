@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpletuner_dmd.config.databackend import DatasetEntry
+from simpletuner_dmd.data.disk import digest
 from simpletuner_dmd.data.findings import CANNOT_READ, Rejected, UnusableFile
 from simpletuner_dmd.data.settings import DatasetSettings
 from simpletuner_dmd.data.sources import bucket, hub
@@ -30,18 +31,32 @@ def list_samples(
         shards = hub.find_shards(entry)
         if shards:
             return hub.list_media(entry, shards, settings.downloads), None
+        content = hub.content_of(entry, [])  # before the copy: what changes meanwhile is then a change
         hub.copy_repository(entry, settings.downloads)
-        return _from_folder(entry, settings, settings.downloads, skip, sidecar_table(settings.downloads))
+        table_path = sidecar_table(settings.downloads)
+        listing, table = _from_folder(entry, settings, settings.downloads, skip, table_path)
+        listing.content = content
+        return listing, table
     failed: list[Rejected] = []
-    folder = settings.folder
+    folder, content = settings.folder, ""
     if entry.type == "aws":
         folder = settings.downloads
-        failed = bucket.mirror(entry, folder)
+        failed, content = bucket.mirror(entry, folder)
     kind = entry.table_kind
     table_path = find_table(kind, entry.table, folder, entry.id) if kind else None
     listing, table = _from_folder(entry, settings, folder, skip, table_path)
     listing.rejected[:0] = failed
+    listing.content = content
     return listing, table
+
+
+def content_of(entry: DatasetEntry, settings: DatasetSettings) -> str:
+    """`Listing.content` of a dataset from elsewhere as it is now, found without fetching a file. Raises UserError."""
+    if entry.type == "huggingface":
+        return hub.content_of(entry, hub.find_shards(entry))
+    if entry.type == "aws":
+        return bucket.content_of(entry, settings.downloads)
+    return digest(find_table("csv", entry.table, settings.folder, entry.id).read_bytes())
 
 
 def sidecar_table(folder: Path) -> Path | None:
@@ -92,6 +107,7 @@ def _is_table(path: Path, table: Path | None) -> bool:
 def _from_rows(entry: DatasetEntry, settings: DatasetSettings) -> Listing:
     """A csv dataset: each row is a URL, which is fetched, or a path, from the table's folder if it is relative."""
     path = find_table("csv", entry.table, settings.folder, entry.id)
+    content = digest(path.read_bytes())
     table = read_table(path, entry.table, entry.id, needs=("file",))
     rows = chosen(table.rows, settings.max_num_samples, settings.id)
     base = settings.folder if entry.instance_data_dir else path.parent
@@ -107,7 +123,7 @@ def _from_rows(entry: DatasetEntry, settings: DatasetSettings) -> Listing:
             raise UnusableFile(local, reason, damaged=False, kind=CANNOT_READ)
         return Item(row.file, local, row.captions)
 
-    listing = Listing(rejected=list(table.rejected))
+    listing = Listing(rejected=list(table.rejected), content=content)
     for outcome in in_parallel(one, rows):
         if isinstance(outcome, UnusableFile):
             listing.rejected.append(Rejected.of(outcome))

@@ -29,7 +29,7 @@ def list_prompts(entry: DatasetEntry, settings: DatasetSettings) -> PromptListin
     """All prompts of a dataset. Raises UserError."""
     listing = PromptListing()
     if entry.type == "huggingface" and (shards := hub.find_shards(entry)):
-        rows, listing.rejected = hub.read_captions(entry, shards)
+        rows, listing.rejected = hub.read_captions(entry, shards, settings.downloads)
         listing.prompts = [(settings.folder, captions) for captions in rows]
         return listing
     folder = settings.folder
@@ -38,7 +38,7 @@ def list_prompts(entry: DatasetEntry, settings: DatasetSettings) -> PromptListin
         hub.copy_repository(entry, folder)
     elif entry.type == "aws":
         folder = settings.downloads
-        listing.rejected += bucket.mirror(entry, folder)
+        listing.rejected += bucket.mirror(entry, folder)[0]
     elif entry.type == "csv":
         folder = Path(entry.table.path or "")
     paths, failed = list_files(folder)
