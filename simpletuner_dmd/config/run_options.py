@@ -75,7 +75,7 @@ class ModelOptions(Options):
         default_factory=_hub_id,
         description="The base model: a Hub id, a diffusers pipeline folder, or a `.safetensors` file of a transformer, "
         "in diffusers' names or Wan's own; `demo` is the tiny Wan that comes with the package. What a folder or file "
-        "lacks comes from the flavour's own Hub repository, which is the default.",
+        "lacks is taken from the default. Default: the flavour's own Hub repository.",
     )
     pretrained_transformer_model_name_or_path: str | None = Field(
         None,
