@@ -32,6 +32,7 @@ DEPENDENCIES = [
     "ftfy>=6.3,<7",
     "pillow",
     "pydantic>=2.10,<3",
+    "pyyaml>=6,<7",
     "questionary>=2.1,<3",
     "tqdm",
     "wandb>=0.20,<1",
@@ -44,12 +45,14 @@ S3FS = "s3fs>=2025.3"
 TORCHAO = "torchao>=0.18,<0.19"
 BITSANDBYTES = "bitsandbytes>=0.50,<1"
 
+# The marker names where it has wheels.
+BITSANDBYTES = (
+    "bitsandbytes>=0.48,<1; (platform_system == 'Linux' and (platform_machine == 'x86_64' or "
+    "platform_machine == 'aarch64')) or platform_system == 'Windows'"
+)
+
 EXTRAS = {
-    # The marker repeats what finding CUDA implies, for those who ask for the extra by name.
-    "cuda": [
-        "bitsandbytes>=0.48,<1; (platform_system == 'Linux' and (platform_machine == 'x86_64' or "
-        "platform_machine == 'aarch64')) or platform_system == 'Windows'"
-    ],
+    "cuda": [BITSANDBYTES],
     "rocm": [],
     "apple": [],
     "cpu": [],
@@ -57,12 +60,24 @@ EXTRAS = {
     "quantisation": [TORCHAO, BITSANDBYTES],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
+    # Each is behind some names of `optimizer` and nothing else: 8-bit and paged state (bitsandbytes also runs on CPUs),
+    # 8- and 4-bit state compiled for any device, and a learning rate that finds itself.
+    "optimizers": [BITSANDBYTES, "torchao>=0.17,<0.19", "prodigyopt>=1.1,<2"],
     # Parquet is what Hub datasets and large caption tables are stored in; most runs need neither.
     "parquet": [PYARROW],
     # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.
     "s3": [S3FS],
-    # moto is a real S3 server on loopback, for the tests of such datasets.
-    "dev": ["pytest>=8.3,<10", "ruff>=0.15,<0.18", "mypy>=1.16,<3", "moto[server]>=5,<6", PYARROW, S3FS],
+    # moto is a real S3 server on loopback, for the tests of such datasets; pexpect a real terminal, pyte its screen.
+    "dev": [
+        "pytest>=8.3,<10",
+        "ruff>=0.15,<0.18",
+        "mypy>=1.16,<3",
+        "moto[server]>=5,<6",
+        "pexpect>=4.9,<5",
+        "pyte>=0.8,<1",
+        PYARROW,
+        S3FS,
+    ],  # fmt: skip
 }
 
 

@@ -128,7 +128,7 @@ def open_run(run: Path, model: Path | None, guidance: float, cache: Path) -> Ben
     scheduler = Path(source.base) / "scheduler" / "scheduler_config.json"
     shift = float(read_json(scheduler)["shift"])
     negative_prompt = str(recipe.get("negative_prompt") or "")
-    parts = (source.fingerprint("transformer", "transformer"), encoder.fingerprint, negative_prompt, shift)
+    parts = (source.fingerprint("transformer"), encoder.fingerprint, negative_prompt, shift)
     return Bench(
         teacher=WanDenoiser(teacher, None, None),
         student=WanDenoiser(student, None, None),

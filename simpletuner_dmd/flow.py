@@ -119,6 +119,31 @@ class Experts:
         return self.at(first).velocity(x_t_BCFHW, sigma, text)
 
 
+@dataclass(frozen=True)
+class NoiseRange:
+    """The noise levels that a network knows: all of them, or one expert's side of the boundary between two.
+
+    A level at the boundary is the high-noise expert's, so `high` belongs to the range only where it is 1.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert 0.0 <= self.low < self.high <= 1.0, f"no range of noise levels: {self.low} to {self.high}"
+
+    def __contains__(self, sigma: float) -> bool:
+        return self.low <= sigma and (sigma < self.high or self.high == 1.0)
+
+    def rungs(self, ladder: Sequence[float]) -> range:
+        """The places of the ladder's own rungs; a ladder decreases, so they stand together."""
+        places = [place for place, sigma in enumerate(ladder) if sigma in self]
+        return range(places[0], places[-1] + 1) if places else range(0)
+
+
+ALL_NOISE = NoiseRange()
+
+
 # --- conversions (algorithms 0.2) ----------------------------------------------------------------------------------
 
 
@@ -287,13 +312,17 @@ def sample_few_step(
     renoise: str,
     fresh_noise: NoiseSource,
     stop_at: int | None = None,
+    start_at: int = 0,
 ) -> Tensor:
     """Walks the ladder from pure noise; returns x0, or with `stop_at` the x_t that enters that rung (0-based).
 
-    The same function makes the training rollout, the validation videos and the exported sampler's reference.
+    start_at: a later rung, which the given x_t (in place of pure noise) has just entered. The same function makes the
+    training rollout, the validation videos and the exported sampler's reference.
     """
     x = noise_BCFHW
     for rung, sigma in enumerate(schedule.ladder):
+        if rung < start_at:
+            continue
         if stop_at == rung:
             return x
         sigma_B = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
@@ -316,10 +345,11 @@ def sample_euler(
     negative: TextEmbedding,
     sigmas: Sequence[float],
     guidance: float,
+    end: float = 0.0,
 ) -> Tensor:
-    """Euler solution of dx/ds = v from sigma 1 to 0 with standard guidance: the teacher's own sampler."""
+    """Euler solution of dx/ds = v from the first of `sigmas` to `end` with standard guidance: the teacher's sampler."""
     x = noise_BCFHW.float()
-    for sigma, to in zip(sigmas, (*sigmas[1:], 0.0), strict=True):
+    for sigma, to in zip(sigmas, (*sigmas[1:], end), strict=True):
         sigma_B = torch.full((len(x),), sigma, dtype=torch.float32, device=x.device)
         x = x + (to - sigma) * guided_velocity(denoiser, x, sigma_B, text, negative, guidance)
     return x

@@ -43,6 +43,7 @@ READ_IN_CONFIG = {
     "end_layer_idx": "tread.py",
     "cache_dir_text": "datasets.py",
     "cache_dir": "load.py",
+    "optimizer_config": "optimizer_options.py",
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.cli.other_expert import Partner, partner_of
 from simpletuner_dmd.cli.starting import TeacherMerge
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
+from simpletuner_dmd.config.memory_rules import depth_problems, offloads_teacher
 from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import depth_of, routed_roles
@@ -24,21 +26,34 @@ from simpletuner_dmd.distill import builder
 from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
 from simpletuner_dmd.distill.feature_adversary import FeatureHeads
 from simpletuner_dmd.distill.method import Ingredients, Method
-from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, Schedule, TextEmbedding
+from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
+from simpletuner_dmd.publish.info import base_name
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
+from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.causal import Window
+from simpletuner_dmd.wan.compiling import compile_blocks, why_not_compiled
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import DTYPES, Storage, choose_attention, load_transformer, transformer_config
+from simpletuner_dmd.wan.experts import known_noise
+from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
+from simpletuner_dmd.wan.loading import (
+    DTYPES,
+    Storage,
+    load_transformer,
+    model_index,
+    text_encoder_config,
+    transformer_config,
+)
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
+from simpletuner_dmd.wan.offload import offload_in_groups
 from simpletuner_dmd.wan.parity import Probe
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
+from simpletuner_dmd.wan.runner import Recompute
 from simpletuner_dmd.wan.sources import ModelSource, borrowed
+from simpletuner_dmd.wan.swap import BlockSwap
 from simpletuner_dmd.wan.tread import Route, routing_line
-
-SUPERVISED_SAMPLING_SHIFT = 5.0  # of Wan's own sampler, where a supervised run sets no shift
 
 
 @dataclass
@@ -67,52 +82,91 @@ class Assembly:
     @cached_property
     def network(self) -> dict[str, Any]:
         """The transformer's own configuration."""
-        return transformer_config(self.source)
+        return dict(self._described[0].transformer)
+
+    @cached_property
+    def _described(self) -> tuple[ModelConfigs, str | None]:
+        """The configs of the model, and a line where it is a custom Wan. A UserError where it is another flavour."""
+        source = self.source
+        described = ModelConfigs(
+            transformer=transformer_config(source),
+            vae=self.codec.config,
+            text_encoder=text_encoder_config(source),
+            index=model_index(source),
+            names={
+                "transformer": source.config_file("transformer"),
+                "vae": source.config_file("vae"),
+                "text_encoder": source.config_file("text_encoder"),
+                "index": f"{source.base}/model_index.json",
+            },
+        )
+        return described, check_fit(self.config.flavour, described)
 
     @cached_property
     def codec(self) -> VideoCodec:
-        return VideoCodec(self.source, device=self.device)
+        config = self.config
+        return VideoCodec(
+            self.source,
+            device=self.device,
+            tiling=config.vae_enable_tiling,
+            slicing=config.vae_enable_slicing,
+            make_room=lambda: self._make_room("codec"),
+            group_offload=config.enable_group_offload,
+        )
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
         return TextEncoder(
             self.source,
             dtype=self.dtype,
-            storage=self._storage(self.config.text_encoder_1_precision),
+            storage=self.storage(self.config.text_encoder_1_precision),
             max_length=self.config.tokenizer_max_length,
             device=self.device,
+            make_room=lambda: self._make_room("text_encoder"),
+            group_offload=self.config.enable_group_offload and self.config.text_encoder_1_precision == "no_change",
         )
+
+    def _make_room(self, coming: str) -> None:
+        """Drops the encoder that is not needed now, where only one may be there at a time."""
+        other = {"codec": "text_encoder", "text_encoder": "codec"}[coming]
+        if self.config.offload_during_startup and other in self.__dict__:
+            getattr(self, other).unload()
 
     @cached_property
     def geometry(self) -> LatentGeometry:
         vae = self.codec.config
         return LatentGeometry(
-            channels=self.network["in_channels"],
+            channels=self.network["out_channels"],
             spatial=vae["scale_factor_spatial"],
             temporal=vae["scale_factor_temporal"],
             patch=self.network["patch_size"][1],
         )
 
-    def _storage(self, precision: str) -> Storage:
+    def storage(self, precision: str) -> Storage:
         """How a part in this precision is put together."""
         config = self.config
         via = self.device if precision != "no_change" and config.quantize_via == "accelerator" else None
         cache = config.cache_dir_models
         return Storage(precision, via, None if cache.lower() == "none" else Path(cache).expanduser())
 
-    def base_transformer(self, *, quantised: bool = True, lines: list[str] | None = None) -> nn.Module:
-        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device.
+    def base_transformer(
+        self, *, quantised: bool = True, swapped: bool = False, lines: list[str] | None = None
+    ) -> nn.Module:
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device; swapped: but for
+        the blocks that the run keeps on the host.
 
         lines: takes what there is to say about it.
         """
-        storage, config = Storage(), self.config
-        if quantised:
-            storage = self._storage(config.base_model_precision)
+        config = self.config
+        storage = self.storage(config.base_model_precision) if quantised else Storage()
         if lines is not None:
             storage.probe = Probe.of(self.network, self.teacher_sampler.guidance, self.probe_texts)
         transformer = load_transformer(self.source, self.dtype, storage, self.teacher_lora)
         if lines is not None:
             lines += storage.lines
+        if swapped and config.blocks_to_swap:
+            BlockSwap(transformer, config.blocks_to_swap, self.device)
+            return transformer
         return transformer.to(self.device)
 
     def roles(self) -> tuple[Roles, list[str]]:
@@ -123,9 +177,11 @@ class Assembly:
             place = self.loaded.origins.get("distillation_config.gan_blocks", "")
             if problems := config.distillation_config.depth_problems(depth_of(self.network), place):
                 raise UserError(problems)
+        if problems := depth_problems(config, depth_of(self.network)):
+            raise UserError([replace(problem, file=self.loaded.origins.get(problem.key, "")) for problem in problems])
         lines = borrowed(config)
-        base = self.base_transformer(lines=lines)
-        notice = choose_attention(base, config.attention_mechanism)
+        base = self.base_transformer(swapped=True, lines=lines)
+        lines += self._attention(base)
         adapters = self.adapters()
         owned = [role for role in self._moving_networks() if role not in adapters]
         roles = build_roles(
@@ -134,14 +190,24 @@ class Assembly:
             full={role: self._full_network() for role in owned},
             causal=self._causal_layout,
             gradient_checkpointing=config.gradient_checkpointing,
+            recompute=Recompute(
+                config.gradient_checkpointing_interval, config.gradient_checkpointing_backend == "offloaded"
+            ),
             autocast=self.dtype if self.dtype != torch.float32 else None,
             seed=config.seed,
         )
-        lines += [notice] if notice else []
+        if offloads_teacher(config):
+            offload_in_groups(base, self.device)
+        lines += [*self._fit_lines(), *self._swap_lines(base), *self._compile(roles)]
         for name in routed_roles(config.distillation_config) if routes else ():
             roles.denoisers[name].routes = routes
             lines.append(routing_line(name, routes, depth_of(self.network)))
         return roles, lines
+
+    def _fit_lines(self) -> list[str]:
+        """What there is to say of a model that is no published one."""
+        line = self._described[1]
+        return [] if line is None else [line]
 
     @property
     def routes(self) -> tuple[Route, ...]:
@@ -188,8 +254,28 @@ class Assembly:
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
         network = load_transformer(self.source, torch.float32, merge=self.teacher_lora).to(self.device)
-        choose_attention(network, self.config.attention_mechanism)
+        choose_attention(network, self.config.attention_mechanism, self.device)  # said of the base already
         return network
+
+    def _attention(self, base: nn.Module) -> list[str]:
+        notice = choose_attention(base, self.config.attention_mechanism, self.device)
+        return [notice] if notice else []
+
+    def _swap_lines(self, base: nn.Module) -> list[str]:
+        swap = BlockSwap.of(base)
+        if swap is None:
+            return []
+        blocks = ", ".join(map(str, swap.indices))
+        return [f"blocks_to_swap: blocks {blocks} live on the host ({swap.bytes / 1e9:.2f} GB) and visit the device"]
+
+    def _compile(self, roles: Roles) -> list[str]:
+        if not self.config.compile:
+            return []
+        if reason := why_not_compiled(self.device):
+            return [f"compile cannot run here ({reason}); the blocks run as they are"]
+        for network in roles.transformers():
+            compile_blocks(network)
+        return ["compile: each block compiles at its first call in each role and size"]
 
     @cached_property
     def teacher_lora(self) -> TeacherMerge | None:
@@ -237,8 +323,13 @@ class Assembly:
         return Schedule(shift, tuple(timestep / TIMESTEPS for timestep in config.student_timesteps()))
 
     @property
+    def known_noise(self) -> NoiseRange:
+        """The noise levels that the network of this run was made for."""
+        return known_noise(self.config.flavour)
+
+    @property
     def _shift(self) -> float:
-        return self.config.flow_schedule_shift or SUPERVISED_SAMPLING_SHIFT
+        return self.config.flow_schedule_shift or self.config.flavour.shift
 
     @property
     def student_sampler(self) -> Sampler:
@@ -269,6 +360,11 @@ class Assembly:
             return roles.student
         return Experts(roles.student, roles.denoisers["detail"], settings.boundary)
 
+    @cached_property
+    def partner(self) -> Partner | None:
+        """The finished run of the other expert, where one is named; a UserError where the two do not go together."""
+        return partner_of(self.config, base_name(self.source.base))
+
     @property
     def teacher_sampler(self) -> Sampler:
         """The teacher's own many steps."""
@@ -293,6 +389,7 @@ class Assembly:
             weak=self._weak_critic(roles),
             discriminator=self._discriminator(roles),
             detail=roles.denoisers.get("detail"),
+            known=self.known_noise,
         )
         try:
             return build(parts)

@@ -34,9 +34,16 @@ TIMED_CLIPS = 2
 def geometry_of(loaded: LoadedConfig) -> LatentGeometry:
     """How the VAE of the flavour cuts a video, before anything of it is loaded."""
     from simpletuner_dmd.data.buckets import LatentGeometry
+    from simpletuner_dmd.wan.flavours import published_config
 
-    is_5b = loaded.config.model_flavour.startswith("ti2v-5b")
-    return LatentGeometry(channels=48, spatial=16) if is_5b else LatentGeometry()
+    flavour = loaded.config.flavour
+    vae, transformer = published_config(flavour, "vae"), published_config(flavour, "transformer")
+    return LatentGeometry(
+        channels=vae["z_dim"],
+        spatial=vae["scale_factor_spatial"],
+        temporal=vae["scale_factor_temporal"],
+        patch=transformer["patch_size"][1],
+    )
 
 
 def folder_problem(entry: DatasetEntry, config: TrainConfig) -> Problem | None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from simpletuner_dmd.config import TrainConfig
-    from simpletuner_dmd.flow import Denoiser, Schedule, SigmaWindow
+    from simpletuner_dmd.flow import Denoiser, NoiseRange, Schedule, SigmaWindow
 
 COLUMNS = 60
 DRAWS = 4096
@@ -114,6 +114,7 @@ def full_name(token: str) -> str:
 def look(config: TrainConfig) -> View:
     """The run's noise levels. Raises ValueError where a window is empty."""
     from simpletuner_dmd.flow import TIMESTEPS, Schedule
+    from simpletuner_dmd.wan.experts import known_noise
 
     shift = config.flow_schedule_shift
     schedule = Schedule(shift or 1.0, tuple(timestep / TIMESTEPS for timestep in config.student_timesteps()))
@@ -121,32 +122,35 @@ def look(config: TrainConfig) -> View:
     windows: list[Levels] = []
     training: list[Levels] = []
     if config.critic is not None:
-        windows, training = matching_levels(config.critic, schedule)
+        windows, training = matching_levels(config.critic, schedule, known_noise(config.flavour))
     training += [levels_of(name, sigma) for name, sigma in plain_levels(config, schedule)]
     return View(method, shift, schedule.timesteps, tuple(windows), tuple(training))
 
 
-def matching_levels(options: Any, schedule: Schedule) -> tuple[list[Levels], list[Levels]]:
+def matching_levels(options: Any, schedule: Schedule, known: NoiseRange) -> tuple[list[Levels], list[Levels]]:
     """The score window of each exit rung; what student and critic see over a whole run."""
     import torch
 
-    from simpletuner_dmd.distill.dmd import CRITIC_HIGH, CRITIC_LOW, DMD, DMDSettings
+    from simpletuner_dmd.distill.dmd import DMD, DMDSettings
     from simpletuner_dmd.distill.rollout import RolloutSettings
     from simpletuner_dmd.flow import SigmaWindow
 
     nobody = cast("Denoiser", None)  # a window asks no network
     shared = {item.name: getattr(options, item.name) for item in fields(DMDSettings) if hasattr(options, item.name)}
-    settings = DMDSettings(**shared | {"rollout": RolloutSettings(schedule)})
+    source = "data_latent" if known.high < 1.0 else "simulate"  # a window does not ask where a rollout begins
+    settings = DMDSettings(**shared | {"rollout": RolloutSettings(schedule, source=source, known=known)})
     dmd = DMD(nobody, nobody, nobody, settings, torch.device("cpu"))
-    drawn = [(window, even(window)) for window in map(dmd.score_window, range(len(schedule.ladder)))]
+    rungs = settings.rollout.rungs
+    drawn = [(window, even(window)) for window in map(dmd.score_window, rungs)]
     windows = [
-        levels_of(f"exit at {timestep:.0f}", sigma, window)
-        for timestep, (window, sigma) in zip(schedule.timesteps, drawn, strict=True)
+        levels_of(f"exit at {schedule.timesteps[rung]:.0f}", sigma, window)
+        for rung, (window, sigma) in zip(rungs, drawn, strict=True)
     ]
     exits = drawn[-1:] if options.last_step_only else drawn  # every rung is as likely as the others
     student = levels_of("student: score", torch.cat([sigma for _, sigma in exits]))
-    critic = SigmaWindow(CRITIC_LOW, CRITIC_HIGH, options.timestep_shift)
-    return windows, [student, levels_of("critic", even(critic), critic)]
+    seen = [dmd.critic_window(rung) for rung in (rungs[-1:] if options.last_step_only else rungs)]
+    bounds = SigmaWindow(min(window.low for window in seen), max(window.high for window in seen))
+    return windows, [student, levels_of("critic", torch.cat([even(window) for window in seen]), bounds)]
 
 
 def plain_levels(config: TrainConfig, schedule: Schedule) -> list[tuple[str, Tensor]]:
@@ -158,12 +162,13 @@ def plain_levels(config: TrainConfig, schedule: Schedule) -> list[tuple[str, Ten
     from simpletuner_dmd.distill.supervised import noise_levels
     from simpletuner_dmd.flow import SigmaWindow
     from simpletuner_dmd.randomness import RandomStream
+    from simpletuner_dmd.wan.experts import known_noise
 
     method, options = config.distillation_method, cast(Any, config.distillation_config)
     stream = RandomStream(config.seed, 0, tuple(range(DRAWS)))
     uniform = (torch.arange(DRAWS, dtype=torch.float64) + 0.5) / DRAWS
     makers: dict[str | None, Callable[[], list[tuple[str, Tensor]]]] = {
-        None: lambda: [("student", noise_levels(config).sigma(stream, one_frame(config)))],
+        None: lambda: [("student", noise_levels(config, known_noise(config.flavour)).sigma(stream, one_frame(config)))],
         "lcm": lambda: [
             ("student: starts", phase_grid(options.num_ddim_timesteps, schedule.shift).jumps(uniform).start_B)
         ],
@@ -205,11 +210,9 @@ def even(window: SigmaWindow) -> Tensor:
 
 def one_frame(config: TrainConfig) -> tuple[int, int, int, int]:
     """A latent of the flavour's own size; only its height and width count, where the shift follows the size."""
-    from simpletuner_dmd.config.coerce import frame_size
-    from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE, native_size
-
-    width, height = frame_size(native_size(config.model_flavour))
-    cell = SIZE_MULTIPLE.get(config.model_flavour, DEFAULT_MULTIPLE) // 2  # a token is 2 x 2 cells
+    flavour = config.flavour
+    width, height = flavour.native_size
+    cell = flavour.size_multiple // 2  # a token is 2 x 2 cells
     return (1, 1, height // cell, width // cell)
 
 

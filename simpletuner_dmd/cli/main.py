@@ -15,6 +15,7 @@ from simpletuner_dmd.cli.common import INTERRUPTED, module_of
 
 # verb -> (what it does, an example)
 VERBS = {
+    "configure": ("write a configuration: ten questions, or --from another tool's", "simpletuner configure"),
     "train": ("distil or fine-tune Wan", "simpletuner train --env my-run learning_rate=1e-5"),
     "check": ("check a configuration and its data before anything is loaded", "simpletuner check --env my-run"),
     "cache": ("fill the caches of text and video, or look into them", "simpletuner cache --env my-run"),
@@ -30,6 +31,7 @@ VERBS = {
     ),
     "push": ("upload a finished run to the Hub", "simpletuner push output/my-run"),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
+    "recipes": ("list settings to start from, with their sources", "simpletuner recipes show wan-1.3b-dmd-lora"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),
     "doctor": ("say what this machine can do", "simpletuner doctor"),
     "completion": ("teach your shell to complete commands and options", 'eval "$(simpletuner completion bash)"'),
@@ -37,7 +39,7 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 130 interrupted."""
+    """Runs one verb. Returns the exit code: 0 done, 2 a mistake in what was written, 3 no memory, 130 interrupted."""
     if completion.ASKED in os.environ:
         completion.answer(VERBS)
     arguments = list(sys.argv[1:] if argv is None else argv)

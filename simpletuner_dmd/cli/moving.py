@@ -50,6 +50,7 @@ def _student(config: TrainConfig, roles: Roles, method: Method, steps: int, role
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        settings=config.optimizer_settings,
     )
     schedule = build_schedule(
         config.lr_scheduler,
@@ -73,6 +74,7 @@ def _critic(config: TrainConfig, roles: Roles, method: Method, steps: int, role:
         betas=critic.fake_score_betas,
         weight_decay=critic.fake_score_weight_decay,
         eps=critic.fake_score_eps,
+        settings=config.optimizer_settings,
     )
     schedule = build_schedule(
         critic.fake_score_lr_scheduler,

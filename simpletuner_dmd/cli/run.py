@@ -20,16 +20,21 @@ from accelerate.utils import InitProcessGroupKwargs
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
+from simpletuner_dmd.cli.machine import machine_problems
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
+from simpletuner_dmd.cli.other_expert import whole_student, whole_teacher
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
-from simpletuner_dmd.config import LoadedConfig
+from simpletuner_dmd.cli.watching import PlanWatch
+from simpletuner_dmd.config import LoadedConfig, UserError
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.publish.load_back import load_back
 from simpletuner_dmd.publish.webhook import Webhook
 from simpletuner_dmd.training.checkpoint import find_latest, resolve_checkpoint
 from simpletuner_dmd.training.ema import AveragedDenoiser
+from simpletuner_dmd.training.out_of_memory import EXIT_CODE as OUT_OF_MEMORY
+from simpletuner_dmd.training.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 from simpletuner_dmd.training.progress import free_memory, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
@@ -83,6 +88,7 @@ class TrainingRun:
         self.assembly = Assembly(loaded, self.accelerator.device)
         self.config = loaded.config
         self.output_dir = Path(self.config.output_dir).expanduser()
+        self.watch = PlanWatch(loaded, self.accelerator.device, self.output_dir, self.say)
         self.began = time.perf_counter()
 
     @property
@@ -96,7 +102,24 @@ class TrainingRun:
     # --- the whole of it --------------------------------------------------------------------------------------------
 
     def go(self) -> int:
-        """Exit code 0 when trained, exported and loaded back; 130 when interrupted."""
+        """Exit code 0 when trained, exported and loaded back; 130 when interrupted, 3 when memory ran out."""
+        try:
+            return self._go()
+        except OutOfMemory as stopped:
+            return self._out_of_memory(stopped.reason, stopped.step, stopped.saved)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._out_of_memory(first_line(error), None, None)
+
+    def _out_of_memory(self, reason: str, step: int | None, saved: Path | None) -> int:
+        for line in self.watch.out_of_memory(reason, step, saved):
+            print(line, file=sys.stderr, flush=True)
+        return OUT_OF_MEMORY
+
+    def _go(self) -> int:
+        if self.main:
+            self.watch.announce()
         parts = self._put_together()
         try:
             with self._rendering(parts) as renderer:
@@ -123,18 +146,23 @@ class TrainingRun:
     def _put_together(self) -> Parts:
         """Everything built, resumed and tested; nothing of an earlier run is touched before that has worked."""
         loaded, config = self.assembly.loaded, self.config
+        if problems := machine_problems(loaded):
+            raise UserError(problems)
         shipper = Shipper(self.assembly, self.output_dir, publishing=self.main)
+        _ = self.assembly.partner  # before hours of caching: it may not go together with this run
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
         if scenes:
             self.assembly.probe_texts = (scenes[0].text.rows_BLD[0], data.negative_text.rows_BLD[0])
+        steps = self._total_steps(data)
+        if self.main:
+            self.watch.know(data.latent_shapes(), steps)
         roles, lines = self.assembly.roles()
         checkpoint = self._checkpoint()
         if checkpoint is None and config.init_lora is not None and config.model_type == "lora":
             lines += start_student(roles, Path(config.init_lora))
         average = student_average(config, roles)
         method = self.assembly.method(roles, None if average is None else AveragedDenoiser(roles.student, average))
-        steps = self._total_steps(data)
         tracking = self._tracking(checkpoint)
         trainer = Trainer(
             self._trainer_settings(steps),
@@ -174,8 +202,17 @@ class TrainingRun:
             parts.webhook.send(f"validation at step {step} of {total}", event="validation", step=step)
 
         trainer.validate = None if renderer is None else validate
+
+        def stepped(values: dict[str, float]) -> None:
+            if all(role.updates for role in trainer.optimizers.values()):
+                facts = self.watch.compare(values["step_seconds"])
+                if facts is not None:
+                    parts.tracking.event("plan", step=trainer.step, **facts)
+
+        trainer.stepped = stepped
         trainer.checkpointed = lambda path, step: self._checkpointed(parts, step)
         self.accelerator.wait_for_everyone()
+        self.watch.begin()
         parts.webhook.send(f"training starts at step {trainer.step} of {total}", event="start")
         trainer.run()
 
@@ -297,25 +334,27 @@ class TrainingRun:
         """Once: the teacher at its own steps and, in distillation, the undistilled model at the student's."""
         if self.config.disable_benchmark:
             return
-        with parts.roles.evaluating():
+        with parts.roles.evaluating(), whole_teacher(self.assembly, parts.roles.teacher) as teacher:
             self.say("Rendering the teacher's reference videos …")
-            renderer.render(parts.roles.teacher, self.assembly.teacher_sampler, "teacher", 0)
+            renderer.render(teacher, self.assembly.teacher_sampler, "teacher", 0)
             if self.assembly.schedule.ladder:
-                renderer.render(parts.roles.teacher, self.assembly.student_sampler, "undistilled", 0)
+                renderer.render(teacher, self.assembly.student_sampler, "undistilled", 0)
+        self._leave_to_training()
 
     def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
-        sampler, student, ema = (
-            self.assembly.student_sampler,
-            self.assembly.sampled_student(parts.roles),
-            parts.trainer.ema,
-        )
-        wanted = self.config.ema_validation if ema is not None else "none"
-        with parts.roles.evaluating():
+        wanted = self.config.ema_validation if parts.trainer.ema is not None else "none"
+        with parts.roles.evaluating(), whole_student(self.assembly, parts.roles) as (student, sampler):
             if wanted in ("none", "comparison"):
                 renderer.render(student, sampler, "student", step)
             if wanted in ("ema_only", "comparison"):
                 with parts.best_student():
                     renderer.render(student, sampler, "student-ema", step)
+        self._leave_to_training()
+
+    def _leave_to_training(self) -> None:
+        """Drops the VAE between two validations, where it may be there only while it works."""
+        if self.config.offload_during_startup:
+            self.assembly.codec.unload()
 
     # --- results ----------------------------------------------------------------------------------------------------
 

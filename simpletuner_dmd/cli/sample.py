@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from simpletuner_dmd.cli.assemble import Assembly
     from simpletuner_dmd.cli.common import quiet_libraries
+    from simpletuner_dmd.cli.other_expert import whole_student, whole_teacher
     from simpletuner_dmd.cli.saved import SavedStudent, open_checkpoint, open_run
     from simpletuner_dmd.config import UserError, frames_4n1
     from simpletuner_dmd.config.coerce import frame_size
@@ -51,13 +52,15 @@ def run(args: argparse.Namespace) -> int:
     renderer = Renderer(
         out, scenes, negative, assembly.codec.decode, lambda row: None, config.framerate, assembly.device
     )
-    student = SavedStudent(assembly, state, raw=args.raw)
-    roles = student.roles
-    with student.best() as averaged, roles.evaluating():
+    saved = SavedStudent(assembly, state, raw=args.raw)
+    roles = saved.roles
+    with saved.best() as averaged, roles.evaluating():
         kind = "student-ema" if averaged else "student"
-        paths = renderer.render(assembly.sampled_student(roles), assembly.student_sampler, kind, state.step)
+        with whole_student(assembly, roles) as (student, sampler):
+            paths = renderer.render(student, sampler, kind, state.step)
         if args.teacher:
-            paths += renderer.render(roles.teacher, assembly.teacher_sampler, "teacher", state.step)
+            with whole_teacher(assembly, roles.teacher) as teacher:
+                paths += renderer.render(teacher, assembly.teacher_sampler, "teacher", state.step)
     for path in paths:
         print(path)
     return 0

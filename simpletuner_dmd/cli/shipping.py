@@ -11,14 +11,16 @@ import torch
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
+from simpletuner_dmd.cli.other_expert import load_other, paired
 from simpletuner_dmd.config import UserError
+from simpletuner_dmd.config.flavours import FLAVOURS
 from simpletuner_dmd.data.batches import PreparedData
-from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas
+from simpletuner_dmd.flow import Denoiser, Schedule, TextEmbedding, euler_sigmas
 from simpletuner_dmd.publish.dialects import fold_alpha
 from simpletuner_dmd.publish.export import FORMATS, LowNoiseLora, dtype_name, export_full, export_lora
 from simpletuner_dmd.publish.extract import Extraction, extract_lora
 from simpletuner_dmd.publish.hub import QUEUE, HubUploader, Queue, check_access, push_command
-from simpletuner_dmd.publish.info import ExportInfo
+from simpletuner_dmd.publish.info import ExportInfo, NativeExpert
 from simpletuner_dmd.publish.load_back import Base, Reference
 from simpletuner_dmd.publish.lycoris import export_lycoris, folded
 from simpletuner_dmd.publish.merged import MergedBase
@@ -75,8 +77,10 @@ class Shipper:
             renoise=assembly.student_sampler.renoise,
             blocks=assembly.block_sampling,
             boundary=config.distillation_config.boundary if config.distillation_config else 0.0,
+            native=self._native,
             vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
+            flavour=config.model_flavour,
             base_hash=assembly.source.fingerprint("transformer"),
             model_type=config.model_type,
             guidance=assembly.student_sampler.guidance,
@@ -108,6 +112,15 @@ class Shipper:
             return ""
         name = base.name if base.is_dir() else str(base)
         return name if guidance is None else f"{name}, guidance {guidance:g}"
+
+    @property
+    def _native(self) -> NativeExpert | None:
+        flavour, partner = self.config.flavour, self.assembly.partner
+        if flavour.expert is None or flavour.boundary is None:
+            return None
+        # Without a ladder there is no sampler.py that could put the other expert in its place.
+        kept = partner is not None and bool(self.assembly.schedule.ladder)
+        return NativeExpert(flavour.expert, flavour.boundary, partner.folder if partner and kept else None)
 
     def _schedule(self, steps: int) -> Schedule:
         """As trained. A causal student without a ladder ships with Euler steps: no stock solver works by blocks."""
@@ -256,7 +269,7 @@ class Shipper:
         try:
             with roles.evaluating():
                 text = text.to(device)
-                student = self.assembly.sampled_student(roles)
+                student = self._student(roles)
                 latents = Sampler(schedule, renoise, blocks=sampler.blocks)(student, text, text, shape, seed, device)
         finally:
             roles.student.autocast = autocast
@@ -270,15 +283,29 @@ class Shipper:
             base=self._base(),
             vae_scale=(self.assembly.geometry.spatial, self.assembly.geometry.temporal),
             device=str(device),
+            timestep_per_token=config.flavour.expand_timesteps,
         )
+
+    def _student(self, roles: Roles) -> Denoiser:
+        """What the export is compared with: both experts of a pair, else this run's own network for the whole way."""
+        partner = self.assembly.partner
+        if partner is None or not self.assembly.schedule.ladder:
+            return self.assembly.sampled_student(roles)
+        return paired(self.assembly, roles.student, load_other(self.assembly, partner))
 
     def _base(self) -> Base | None:
         """What the exported files go on: nothing for a full student, but the second expert's adapter has a base."""
-        config, assembly = self.config, self.assembly
-        if config.model_type == "full" and "detail" not in assembly.adapters():
+        config, assembly, native = self.config, self.assembly, self._native
+        pair = native is not None and native.other is not None
+        if config.model_type == "full" and not pair and "detail" not in assembly.adapters():
             return None
         on = str(assembly.device) if config.quantize_via == "accelerator" else None
-        return replace(self.plain_base, precision=config.base_model_precision, quantised_on=on)
+        base = replace(self.plain_base, precision=config.base_model_precision, quantised_on=on)
+        if native is None or not pair:
+            return base
+        other = assembly.source.other_expert(FLAVOURS[str(config.flavour.partner)].transformer)
+        return replace(base, other=other.stock_arguments(), expert=native.expert,
+                       boundary=native.boundary)  # fmt: skip
 
     @property
     def plain_base(self) -> Base:

@@ -70,14 +70,14 @@ def _unfit(adapter: AdapterFile, reason: str, fix: str) -> UserError:
     return UserError(f"the student cannot start from {adapter.path}: {reason}", key="init_lora", fix=fix)
 
 
-class TeacherMerge:
-    """The fine-tune that becomes part of the base while it is loaded: W <- W + strength dW, summed in fp32 and stored
-    in W's own precision."""
+class AdapterMerge:
+    """An adapter that becomes part of a network while it is loaded: W <- W + strength dW, summed in fp32 and stored in
+    W's own precision."""
 
-    def __init__(self, written: str) -> None:
-        """written: "path:0.8". Raises UserError."""
-        path, self.strength = split_strength(written)
-        self.adapter = read_adapter(find_adapter(Path(path), "teacher_lora"), "teacher_lora")
+    def __init__(self, path: Path, strength: float, key: str) -> None:
+        """path: a file, or a folder with one. key: the option that named it. Raises UserError."""
+        self.strength, self.key = strength, key
+        self.adapter = read_adapter(find_adapter(path, key), key)
 
     @property
     def fingerprint(self) -> str:
@@ -95,12 +95,21 @@ class TeacherMerge:
         if layer.weight.shape != weight_change.shape:
             raise UserError(
                 f"{self.adapter.path} does not fit this model: it changes {name} by {tuple(weight_change.shape)}",
-                key="teacher_lora",
+                key=self.key,
                 fix="name an adapter that was trained on this size of Wan",
             )
         layer.weight.copy_(layer.weight.float() + self.strength * weight_change.to(layer.weight.device))
         if bias_change is not None:
             layer.bias.copy_(layer.bias.float() + self.strength * bias_change.to(layer.bias.device))
+
+
+class TeacherMerge(AdapterMerge):
+    """The fine-tune that becomes part of the base."""
+
+    def __init__(self, written: str) -> None:
+        """written: "path:0.8". Raises UserError."""
+        path, strength = split_strength(written)
+        super().__init__(Path(path), strength, "teacher_lora")
 
     def record(self) -> TeacherLora:
         """What an export says about it."""

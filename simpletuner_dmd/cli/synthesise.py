@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
     from simpletuner_dmd.data.scan import DatasetScan, PromptSample
     from simpletuner_dmd.data.store import LatentStore
+    from simpletuner_dmd.flow import Denoiser
+    from simpletuner_dmd.validation.sampling import Sampler
 
 RECORD = ".synthesised.json"  # hidden, so that the folder holds nothing but videos and captions to those who list it
 
@@ -32,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="a .txt or .jsonl file of prompts")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the data goes")
     parser.add_argument("--latents", action="store_true", help="latents in the form of the cache instead of videos")
+    parser.add_argument(
+        "--handover", action="store_true",
+        help="latents that the high-noise expert hands over, by the student of other_expert_run: what the low-noise "
+        "one of t2v-14b-2.2 is trained from",
+    )  # fmt: skip
     parser.add_argument("--size", metavar="WxH", help="default: the configuration's first validation_resolution")
     parser.add_argument("--frames", type=int, help="default: the configuration's validation_num_video_frames")
     parser.add_argument("--per-prompt", type=int, default=1, metavar="N", help="videos per prompt; default: 1")
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 def _flags(args: argparse.Namespace) -> list[str]:
     flags = ["--prompts", str(args.prompts), "--out", str(args.out), "--per-prompt", str(args.per_prompt)]
     flags += ["--from-seed", str(args.from_seed), *(["--latents"] if args.latents else [])]
+    flags += ["--handover"] if args.handover else []
     flags += ["--size", args.size] if args.size else []
     flags += ["--batch", str(args.batch)] if args.batch is not None else []
     return flags + (["--frames", str(args.frames)] if args.frames else [])
@@ -95,6 +103,8 @@ def _synthesise(loaded: LoadedConfig, args: argparse.Namespace) -> tuple[int, in
     quiet_libraries()
     config = loaded.config
     assembly = Assembly(loaded, Accelerator(cpu=not cuda.is_available()).device)
+    if args.handover:
+        _check_handover(assembly, args)
     scan = _prompts(assembly, args)
     items = _items(assembly, scan, args)
     store = LatentStore(args.out, config.compress_disk_cache) if args.latents else None
@@ -112,6 +122,21 @@ def _synthesise(loaded: LoadedConfig, args: argparse.Namespace) -> tuple[int, in
     made = _make(assembly, scan, missing, text, args, store)
     _finish(assembly, scan, items, args.out, store)
     return made, len(items)
+
+
+def _check_handover(assembly: Assembly, args: argparse.Namespace) -> None:
+    """Raises UserError where there is no high-noise student to hand over, or nothing to hand over in."""
+    from simpletuner_dmd.config import UserError
+
+    if assembly.config.flavour.expert != "low":
+        raise UserError(f"--handover: found {assembly.config.model_flavour}, to which nobody hands over",
+                        key="model_flavour", fix='use the configuration of the "t2v-14b-2.2-low" run')  # fmt: skip
+    if assembly.partner is None:
+        raise UserError("--handover needs a finished run of the high-noise expert", key="other_expert_run",
+                        fix="name that run's output folder")  # fmt: skip
+    if not args.latents or not assembly.schedule.ladder:
+        raise UserError("--handover makes latents for a student with a ladder", key="--handover",
+                        fix="add --latents, and train with dmd")  # fmt: skip
 
 
 def _prompts(assembly: Assembly, args: argparse.Namespace) -> DatasetScan:
@@ -171,6 +196,8 @@ def _items(assembly: Assembly, scan: DatasetScan, args: argparse.Namespace) -> l
     from simpletuner_dmd.randomness import derive_seed
 
     settings = {"kind": "latents" if args.latents else "videos", **_settings(assembly, scan)}
+    if args.handover:
+        settings |= _handover_settings(assembly)
     items = []
     for prompt in dict.fromkeys(sample.captions[0] for sample in scan.usable):
         for copy in range(args.per_prompt):
@@ -193,6 +220,22 @@ def _items(assembly: Assembly, scan: DatasetScan, args: argparse.Namespace) -> l
     return items
 
 
+def _handover_settings(assembly: Assembly) -> dict[str, Any]:
+    """What decides the latents that are handed over: the student's weights and its steps, not the teacher's."""
+    from simpletuner_dmd.durable import sha256_of
+
+    assert assembly.partner is not None
+    files = sorted(assembly.partner.folder.rglob("*.safetensors"))
+    high = assembly.source.other_expert("transformer")
+    return {
+        "model": high.fingerprint("transformer"),
+        "kind": "handover",
+        "student": [sha256_of(file) for file in files],
+        "ladder": list(assembly.schedule.timesteps),
+        "steps": len(assembly.schedule.ladder), "guidance": 1.0,
+    }  # fmt: skip
+
+
 def _is_there(item: Item, out: Path, store: LatentStore | None) -> bool:
     return (out / f"{item.name}.mp4").is_file() if store is None else store.has(item.key)
 
@@ -211,7 +254,8 @@ def _make(
     def missing(some: list[Item]) -> list[Item]:
         return [item for item in some if not _is_there(item, out, store)]
 
-    made, render, at_once = 0, _renderer(assembly, scan, text), args.batch or assembly.config.train_batch_size
+    made, render = 0, _renderer(assembly, scan, text, args.handover)
+    at_once = args.batch or assembly.config.train_batch_size
     with Claims(out, ".claims") as claims, tqdm(total=len(items), desc="synthesise", unit="video") as bar:
         for batch in share_out(items, lambda item: item.key, missing, claims, at_once):
             for item, latents_CFHW in zip(batch or [], render(batch) if batch else [], strict=True):
@@ -224,8 +268,9 @@ def _make(
     return made
 
 
-def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[list[Item]], Tensor]:
-    """items -> normalised latents [B, C, F, H, W] by the teacher's own steps and guidance.
+def _renderer(assembly: Assembly, scan: DatasetScan, text: Any, handover: bool) -> Callable[[list[Item]], Tensor]:
+    """items -> normalised latents [B, C, F, H, W] by the teacher's own steps and guidance; with handover by the
+    high-noise student's steps, its last clean prediction.
 
     The noise of each follows from its seed alone, so a batch changes nothing but the order of sums in floating point.
     """
@@ -234,12 +279,8 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[lis
     from simpletuner_dmd.data.text_store import text_key
     from simpletuner_dmd.flow import TextEmbedding
     from simpletuner_dmd.validation.sampling import reference_noise
-    from simpletuner_dmd.wan.denoiser import WanDenoiser
-    from simpletuner_dmd.wan.loading import choose_attention
 
-    network = assembly.base_transformer().eval()
-    choose_attention(network, assembly.config.attention_mechanism)
-    teacher = WanDenoiser(network, None, None)
+    maker, sampler = _handing_over(assembly) if handover else (_teacher(assembly), assembly.teacher_sampler)
     first: PromptSample = scan.usable[0]  # type: ignore[assignment]
     shape = assembly.geometry.latent_shape(first.width, first.height, first.frames)
     fingerprint, length = assembly.text_encoder.fingerprint, assembly.config.tokenizer_max_length
@@ -255,16 +296,40 @@ def _renderer(assembly: Assembly, scan: DatasetScan, text: Any) -> Callable[[lis
 
     def render(items: list[Item]) -> Tensor:
         draws = [reference_noise(item.seed, (1, *shape), assembly.device) for item in items]
-        latents: Tensor = assembly.teacher_sampler.sample(
-            teacher,
+        latents: Tensor = sampler.sample(
+            maker,
             torch.cat([noise for noise, _ in draws]),
-            draws[0][1],  # of a ladder's rungs; the teacher has none
+            lambda rung, like: torch.cat([fresh(rung, like[:1]) for _, fresh in draws]),
             embedded([item.prompt for item in items]),
             negative.expand(len(items)),
         )
         return latents.cpu()
 
     return render
+
+
+def _teacher(assembly: Assembly) -> Denoiser:
+    """The teacher, with both of its experts where it has two."""
+    from simpletuner_dmd.cli.other_expert import load_other, paired
+    from simpletuner_dmd.wan.attention import choose_attention
+    from simpletuner_dmd.wan.denoiser import WanDenoiser
+
+    network = assembly.base_transformer(swapped=True).eval()
+    choose_attention(network, assembly.config.attention_mechanism, assembly.device)
+    own = WanDenoiser(network, None, None)
+    return own if assembly.config.flavour.expert is None else paired(assembly, own, load_other(assembly, None))
+
+
+def _handing_over(assembly: Assembly) -> tuple[Denoiser, Sampler]:
+    """The high-noise student, and its part of the ladder."""
+    from simpletuner_dmd.cli.other_expert import load_other
+    from simpletuner_dmd.flow import Schedule
+    from simpletuner_dmd.validation.sampling import Sampler
+
+    schedule = assembly.schedule
+    ladder = tuple(sigma for sigma in schedule.ladder if sigma not in assembly.known_noise)
+    own = Sampler(Schedule(schedule.shift, ladder), assembly.config.distillation.transition)
+    return load_other(assembly, assembly.partner), own
 
 
 def _write(assembly: Assembly, item: Item, latents_CFHW: Tensor, out: Path, store: LatentStore | None) -> None:

@@ -15,6 +15,7 @@ from simpletuner_dmd.config.coerce import FALSE_WORDS, TRUE_WORDS, is_boolean
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.read import is_file, parse_json, read_json
+from simpletuner_dmd.config.recipes import recipe
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import KEY as TREAD
 
@@ -31,6 +32,7 @@ ALIASES = {
     "save_total_limit": "checkpoints_total_limit",
     "pretrained_transformer_name_or_path": "pretrained_transformer_model_name_or_path",
     "ema_warmup_steps": "ema_start_step",
+    "musubi_blocks_to_swap": "blocks_to_swap",
     "ignore_final_epochs": "strict_epoch_limit",
 }
 INVERTED = {"ignore_final_epochs"}
@@ -194,6 +196,54 @@ def file_layer(path: Path, name: str, folders: tuple[Path, ...]) -> Layer:
 
 def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else "a single value"
+
+
+def options_layer(values: Mapping[str, Any], name: str, folders: tuple[Path, ...] = ()) -> Layer:
+    """Options that are not in a file yet, as a file would hold them."""
+    layer = Layer(name)
+    for key, value in values.items():
+        layer.add(bare(key), value, folders=folders)
+    return layer
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+INSTEAD: tuple[tuple[frozenset[str], ...], ...] = (
+    (
+        frozenset({f"{NESTED}.student_steps"}),
+        frozenset({f"{NESTED}.dmd_denoising_steps", f"{NESTED}.warp_denoising_steps"}),
+        frozenset({f"{NESTED}.denoising_steps"}),
+    ),
+    (frozenset({f"{NESTED}.phases"}), frozenset({f"{NESTED}.phase_edges"})),
+    (frozenset({f"{NESTED}.split_index"}), frozenset({f"{NESTED}.sigma_split"})),
+    (frozenset({"max_train_steps"}), frozenset({"num_train_epochs"})),
+    (frozenset({"lora_rank", "lora_alpha"}), frozenset({"lycoris_config"})),
+)
+"""Options that say the same in different ways: one that a person writes takes the place of a recipe's other."""
+
+
+def recipe_layer(layers: list[Layer]) -> Layer | None:
+    """What the recipe says that the last of `layers` names, less what is said there in another way.
+
+    Raises UserError if there is no such recipe.
+    """
+    naming = next((layer for layer in reversed(layers) if layer.values.get("recipe") not in (None, "", "none")), None)
+    if naming is None:
+        return None
+    name = str(naming.values["recipe"])
+    try:
+        chosen = recipe(name)
+    except UserError as error:
+        problem = error.problems[0]
+        raise UserError(problem.message, file=naming.places["recipe"], key="recipe", fix=problem.fix) from error
+    written = {key for layer in layers for key, value in layer.values.items() if value not in (0, "0")}
+    layer = Layer(f"recipe {name}")
+    for key, value in chosen.options.items():
+        if not any(
+            key in one and written & other for ways in INSTEAD for one in ways for other in ways if one != other
+        ):
+            layer.add(key, value)
+    return layer
 
 
 # --- environment and command line -------------------------------------------------------------------------------------

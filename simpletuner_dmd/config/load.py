@@ -25,6 +25,7 @@ from simpletuner_dmd.config.layers import (
     file_layer,
     find_config,
     option_field,
+    recipe_layer,
     take_selectors,
 )
 from simpletuner_dmd.config.lycoris import read_lycoris
@@ -32,6 +33,7 @@ from simpletuner_dmd.config.methods import METHODS
 from simpletuner_dmd.config.mistakes import refusals, unknown_key
 from simpletuner_dmd.config.prompts import read_prompts
 from simpletuner_dmd.config.read import exists, is_file, read_json
+from simpletuner_dmd.config.recipes import recipe_problems
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
 from simpletuner_dmd.config.run_options import DEMO, is_weight_file
 from simpletuner_dmd.config.schema import TrainConfig
@@ -81,11 +83,11 @@ class LoadedConfig:
 
     def options(self) -> dict[str, Any]:
         """Dotted key -> value, of every option that has a say in this run, as JSON would hold it."""
-        return _flat(self.config)
+        return flat_options(self.config)
 
     def differences_from_defaults(self) -> list[str]:
         """One line for every option whose value is not its default: value, default, and where it was set."""
-        defaults = _flat(_default_config(self.config))
+        defaults = flat_options(_default_config(self.config))
         lines = []
         for key, value in self.options().items():
             if key not in defaults or defaults[key] == value:
@@ -142,12 +144,9 @@ def load(
         environment_layer(environ, folders),
         command_line_layer(overrides, folders),
     ]
-    problems = [problem for layer in layers for problem in layer.problems]
-    values, origins = _merge(layers)
-    read_lycoris(values, origins, folders, problems, notices)
-    _sort_out_unknown(values, origins, problems, notices)
-    _read_routes(values, origins, problems)
-    options = _build(values, origins, name, problems)
+    merged = merge_options(layers, name, folders)
+    options, values, origins, problems = merged.options, merged.values, merged.origins, merged.problems
+    notices += merged.notices
     resolve_starts(options, origins, name, lambda value: resolve_path(value, folders), problems)
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:
@@ -172,6 +171,39 @@ def load(
         config=options, path=path, origins=origins, datasets=datasets.entries, text_embeds=datasets.text_embeds,
         validation_prompts=prompts, notices=notices, folders=folders,
     )  # fmt: skip
+
+
+@dataclass
+class Merged:
+    """Options of several layers, before anything they point at is read. origins: as in `LoadedConfig`.
+
+    Where there are problems, `options` has the defaults of what could not be used.
+    """
+
+    options: TrainConfig
+    values: dict[str, Any]
+    origins: dict[str, str]
+    problems: list[Problem]
+    notices: list[str]
+
+
+def merge_options(layers: list[Layer], name: str, folders: tuple[Path, ...] = ()) -> Merged:
+    """Merges layers, later wins, over the recipe that they name. Raises UserError if there is no such recipe."""
+    notices: list[str] = []
+    lowest = recipe_layer(layers)
+    layers = layers if lowest is None else [lowest, *layers]
+    problems = [problem for layer in layers for problem in layer.problems]
+    values, origins = _merge(layers)
+    if lowest is not None:
+        misfits = recipe_problems(str(values["recipe"]), values, origins)
+        if misfits:  # what follows from its other numbers would be noise
+            values = {key: value for key, value in values.items() if origins[key] != lowest.name}
+        problems += misfits
+    read_lycoris(values, origins, folders, problems, notices)
+    _sort_out_unknown(values, origins, problems, notices)
+    _read_routes(values, origins, problems)
+    options = _build(values, origins, name, problems)
+    return Merged(options, values, origins, problems, notices)
 
 
 def resolve_path(value: str | Path, folders: tuple[Path, ...]) -> Path:
@@ -405,7 +437,8 @@ def _without_addresses(webhook: Any) -> Any:
     return {key: "***" if key in secret else value for key, value in webhook.items()}
 
 
-def _flat(model: BaseModel) -> dict[str, Any]:
+def flat_options(model: BaseModel) -> dict[str, Any]:
+    """Dotted key -> value, as JSON would hold it, without the addresses of webhooks."""
     flat: dict[str, Any] = {}
     for key, value in model.model_dump(mode="json").items():
         if key == "webhook_config":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.flavour_rules import flavour_notices, flavour_problems
 from simpletuner_dmd.config.lycoris import NOT_FOR_COMFYUI, lycoris_problems
-from simpletuner_dmd.config.run_options import DEFAULT_MULTIPLE, SIZE_MULTIPLE
+from simpletuner_dmd.config.memory_rules import memory_notices, memory_problems
+from simpletuner_dmd.config.optimizer_options import optimizer_notices, optimizer_problems
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import tread_notices
 
@@ -24,7 +26,8 @@ def cross_problems(config: TrainConfig) -> list[Problem]:
             Problem("", "lr_end", f"found {config.lr_end:g}, which is above learning_rate {config.learning_rate:g}",
                     "lower lr_end, or leave it out")
         )  # fmt: skip
-    problems += _adapter_problems(config)
+    problems += _adapter_problems(config) + flavour_problems(config)
+    problems += optimizer_problems(config) + memory_problems(config)
     return problems + (config.distillation.problems(config) if config.distillation_config is not None else [])
 
 
@@ -83,7 +86,7 @@ def _length_problems(config: TrainConfig) -> list[Problem]:
 def _size_problems(config: TrainConfig) -> list[Problem]:
     if config.validation_disable:
         return []
-    multiple = SIZE_MULTIPLE.get(config.model_flavour, DEFAULT_MULTIPLE)
+    multiple = config.flavour.size_multiple
     problems = []
     for size in config.validation_resolution:
         if any(side % multiple for side in size):
@@ -162,7 +165,8 @@ def combination_notices(config: TrainConfig) -> list[str]:
     if config.push_checkpoints_to_hub and not config.push_to_hub:
         found.append("push_checkpoints_to_hub has no effect: push_to_hub is false.")
     found += tread_notices(config.tread_config, config.distillation_config)
-    found += _noise_notices(config)
+    found += _noise_notices(config) + flavour_notices(config)
+    found += optimizer_notices(config, config.learning_rate) + memory_notices(config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

@@ -8,36 +8,22 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from simpletuner_dmd.config.coerce import Options, frame_sizes, words
+from simpletuner_dmd.config.flavours import DEFAULT_FLAVOUR, ModelFlavour, flavour_of
 
 DEMO = "demo"
 """As `pretrained_model_name_or_path` or `instance_data_dir`: the tiny Wan, or the videos, that the package has."""
 
-ModelFlavour = Literal[
-    "t2v-480p-1.3b-2.1", "t2v-480p-14b-2.1", "t2v-14b-2.2-high", "t2v-14b-2.2-low", "ti2v-5b-2.2"
-]  # fmt: skip
-
-HUB_IDS: dict[str, str] = {
-    "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-    "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-    "t2v-14b-2.2-high": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "t2v-14b-2.2-low": "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
-    "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-}
 DistillationMethod = Literal[
     "dmd", "lcm", "pcm", "dcm", "rcm", "self_forcing", "diffusion_forcing", "ode_init"
 ]  # fmt: skip
 
-NATIVE_SIZE: dict[str, str] = {"ti2v-5b-2.2": "1280x704"}
-SIZE_MULTIPLE: dict[str, int] = {"ti2v-5b-2.2": 32}
-"""Widths and heights are multiples of this many pixels: what the VAE and the patches reduce to one token."""
-DEFAULT_MULTIPLE = 16
-DEFAULT_SIZE = "832x480"
 DEFAULT_FRAMES = 81
 
 
 def native_size(flavour: str) -> str:
     """The size a flavour was trained for, "WIDTHxHEIGHT"."""
-    return NATIVE_SIZE.get(flavour, DEFAULT_SIZE)
+    width, height = flavour_of(flavour).native_size
+    return f"{width}x{height}"
 
 
 def is_weight_file(path: str) -> bool:
@@ -46,17 +32,23 @@ def is_weight_file(path: str) -> bool:
 
 
 def _hub_id(data: dict[str, Any]) -> str:
-    return HUB_IDS[data["model_flavour"]]
+    return flavour_of(data.get("model_flavour", "")).hub_id
 
 
 class ModelOptions(Options):
     """Which Wan, what of it is trained, and by which method."""
 
+    recipe: str | None = Field(
+        None,
+        description="The settings of a recipe, below everything that is written: `simpletuner recipes` lists them, "
+        "`simpletuner recipes show NAME` says where each number is from.",
+    )
     model_family: Literal["wan"] = Field("wan", description="The model family. This tool knows Wan and nothing else.")
     model_flavour: ModelFlavour = Field(
-        "t2v-480p-1.3b-2.1",
-        description="Which Wan: sets the default base model and the native video size. The 2.2 14B models are two "
-        "experts, `high` for the noisy half of the schedule and `low` for the clean half; one run trains one of them.",
+        DEFAULT_FLAVOUR,
+        description="Which Wan: sets the default base model, the native video size and what a model's own config must "
+        "say. The 2.2 14B models are two experts, `high` for the noisy part of the schedule and `low` for the clean "
+        "part; one run trains one of them. An `i2v` model is a host for text-to-video adapters.",
     )
     model_type: Literal["lora", "full"] = Field(
         "lora",
@@ -83,7 +75,7 @@ class ModelOptions(Options):
         "file's config is the base model's.",
     )
     pretrained_transformer_subfolder: Literal["none"] | str = Field(
-        default_factory=lambda data: "transformer_2" if data["model_flavour"].endswith("-low") else "transformer",
+        default_factory=lambda data: flavour_of(data.get("model_flavour", "")).transformer,
         description="Folder of the transformer inside its model; `none` where it lies in the model's folder itself. "
         "Default: `transformer`, and `transformer_2` for the `-low` expert.",
     )
@@ -94,6 +86,12 @@ class ModelOptions(Options):
         None,
         description="Takes text encoder and tokenizer from another Hub id or folder than the base model; "
         "a `.safetensors` file gives the text encoder alone.",
+    )
+    other_expert_run: str | None = Field(
+        None,
+        description="For one of two experts: a finished run of the other one (its output or export folder). Validation "
+        "then renders with both students and the export holds both; without it the other expert is the teacher's own, "
+        "with its many steps. Also where `simpletuner synthesise --handover` takes the high-noise expert from.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of the base model on the Hub.")
     variant: str | None = Field(None, description="Weight variant of the base model on the Hub, for example `fp16`.")
@@ -151,8 +149,11 @@ class DataOptions(Options):
         "Nothing is ever deleted.",
     )
     framerate: float = Field(
-        16.0, gt=0, le=240, description="Frames per second the model works in; videos are resampled to it in time."
-    )
+        default_factory=lambda data: flavour_of(data.get("model_flavour", "")).framerate,
+        gt=0, le=240,
+        description="Frames per second the model works in; videos are resampled to it in time. Default: the flavour's, "
+        "16, or 24 for ti2v-5b-2.2.",
+    )  # fmt: skip
     cache_dir_models: Literal["none"] | str = Field(
         "cache/models",
         description="Folder in which quantised weights are kept, so that the next start reads only them: as large as "

@@ -6,14 +6,16 @@ from typing import Any
 
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator, model_validator
 
+from simpletuner_dmd.config.flavours import Flavour, flavour_of
+from simpletuner_dmd.config.memory_options import MemoryOptions
 from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
+from simpletuner_dmd.config.optimizer_options import OptimizerOptions
 from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
 from simpletuner_dmd.config.training_options import (
     EmaOptions,
     FlowOptions,
     LengthOptions,
     LoraOptions,
-    OptimizerOptions,
     PrecisionOptions,
 )
 from simpletuner_dmd.config.tread import TreadConfig
@@ -34,6 +36,7 @@ class TrainConfig(
     FlowOptions,
     EmaOptions,
     LoraOptions,
+    MemoryOptions,
     PrecisionOptions,
     OptimizerOptions,
     LengthOptions,
@@ -87,6 +90,11 @@ class TrainConfig(
     def _whole_latent_frames(self) -> TrainConfig:
         self.validation_num_video_frames = frames_4n1(self.validation_num_video_frames)
         return self
+
+    @property
+    def flavour(self) -> Flavour:
+        """The facts of `model_flavour`."""
+        return flavour_of(self.model_flavour)
 
     @property
     def distillation(self) -> DistillationOptions:

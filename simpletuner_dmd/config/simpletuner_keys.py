@@ -42,15 +42,13 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
     **_each("teacher_model_name_or_path "
-            "optimizer_config eval_dataset_id eval_steps_interval gan_config "
+            "eval_dataset_id eval_steps_interval gan_config "
             "validation_guidance_skip_layers", LATER),
     **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
             "num_eval_images eval_timesteps evaluation_type disk_low_threshold validation_guidance_rescale "
             "validation_noise_scheduler", Absent(f"{NOT_YET}, and it does not touch the training", harmless=True)),
-    **_each("offload_during_startup blocks_to_swap musubi_blocks_to_swap musubi_block_swap_device enable_group_offload "
-            "group_offload_type group_offload_blocks_per_group group_offload_use_stream vae_enable_tiling "
-            "vae_enable_slicing compile gradient_checkpointing_interval gradient_checkpointing_backend ema_device "
-            "ema_cpu_only ema_foreach_disable", SPEED),
+    **_each("musubi_block_swap_device group_offload_type group_offload_blocks_per_group group_offload_use_stream "
+            "ema_device ema_cpu_only ema_foreach_disable", SPEED),
     **_each("fsdp_enable context_parallel_size deepspeed_config", Absent(
         f"{NOT_YET}; several devices work with num_processes", off=(*OFF, 1))),
     "num_machines": Absent(f"{NOT_YET}; one machine with num_processes devices works", off=(None, 0, 1, "1")),
@@ -148,10 +146,5 @@ VIDEO_ABSENT_KEYS: dict[str, Absent] = {
 
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "optimizer": _words(
-        "torch-muon prodigy adafactor ao-adamw8bit ao-adamw4bit bnb-adamw bnb-adamw8bit bnb-adamw-paged "
-        "bnb-adamw8bit-paged bnb-lion bnb-lion8bit bnb-lion-paged bnb-lion8bit-paged"
-    ),
-    "model_flavour": _words("i2v-14b-2.1 i2v-14b-2.1-720p"),
     "lora_init_type": _words("loftq olora pissa"),
 }

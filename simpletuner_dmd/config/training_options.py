@@ -12,10 +12,6 @@ from simpletuner_dmd.config.lycoris import LycorisOptions
 DEFAULT_STEPS = 4000
 DISTILLATION_SHIFT = 5.0
 
-OptimizerName = Literal[
-    "adamw_bf16", "torch-adamw",
-    "optimi-adamw", "optimi-lion", "optimi-stableadamw", "optimi-adan", "optimi-ranger",
-]  # fmt: skip
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
     "constant", "constant_with_warmup", "sine",
@@ -82,25 +78,6 @@ class LengthOptions(Options):
     seed: int = Field(42, ge=0, lt=2**63, description="Every random draw of the run follows from it.")
 
 
-class OptimizerOptions(Options):
-    """How gradients become steps."""
-
-    optimizer: OptimizerName = Field(
-        "adamw_bf16",
-        description="`adamw_bf16`: AdamW that keeps the small steps bf16 weights would lose. `torch-adamw`: PyTorch's. "
-        "`optimi-*`: the optimizers of torch-optimi.",
-    )
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the first moment.")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="Decay of the second moment.")
-    adam_weight_decay: float = Field(0.01, ge=0, le=1, description="Decoupled weight decay of the student.")
-    adam_epsilon: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
-    max_grad_norm: float = Field(1.0, ge=0, description="Clipping threshold of the student's gradient; 0 is off.")
-    grad_clip_method: Literal["value", "norm"] = Field(
-        "norm",
-        description="`norm` scales the whole gradient down to `max_grad_norm`; `value` clips every element to it.",
-    )
-
-
 class PrecisionOptions(Options):
     """Number formats and memory."""
 
@@ -121,16 +98,14 @@ class PrecisionOptions(Options):
         description="Where weights are quantised, one block at a time: `accelerator` is faster, `cpu` leaves the "
         "accelerator alone until the base is whole.",
     )
-    gradient_checkpointing: bool = Field(
-        True, description="Recomputes each block in the backward pass: far less memory, about a third more time."
-    )
     attention_mechanism: Literal[
-        "diffusers", "native", "flash-attn-2", "flash-attn-3", "flex", "xformers", "sageattention",
+        "diffusers", "native", "cudnn", "flash-attn-2", "flash-attn-3", "flex", "xformers", "sageattention",
         "sageattention-int8-fp16-triton", "sageattention-int8-fp16-cuda", "sageattention-int8-fp8-cuda",
     ] = Field(
         "diffusers",
         description="Attention kernel. `diffusers` and `native` are PyTorch's own and run everywhere; SageAttention "
-        "works only where no gradient flows and is used there alone.",
+        "has no backward pass and serves only those training passes in which no gradient flows. What cannot run on "
+        "this machine gives way to PyTorch's own, with a notice.",
     )  # fmt: skip
 
 

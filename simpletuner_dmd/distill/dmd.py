@@ -87,12 +87,12 @@ class DMD(Stateless):
         self.teacher, self.student, self.critic, self.weak = teacher, student, critic, weak
         self.settings, self.device, self.own_roll_out = settings, device, roll_out
         self.needs_latents = bool(
-            settings.rollout.source == "data_latent" or settings.adversary or settings.ground_truth_weight
+            settings.rollout.source != "simulate" or settings.adversary or settings.ground_truth_weight
         )
         assert weak is not None or not self.exact_weak, "exact-both needs the critic at a fraction"
         self._shared: dict[tuple[int, ...], Rollout] = {}
         # Windows are checked here, once, so that a bad setting is reported before the first step.
-        for rung in range(len(settings.rollout.schedule.ladder)):
+        for rung in settings.rollout.rungs:
             self.score_window(rung)
         self.adversary: Adversary | None = None
         if settings.adversary is not None:
@@ -128,29 +128,31 @@ class DMD(Stateless):
     # --- losses -----------------------------------------------------------------------------------------------------
 
     def score_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
-        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule).
+        """Where the student turn draws its noise: truncated to what lies below the exit, when asked (ts_schedule), and
+        to what the teacher knows.
 
         Blocks that left at several rungs, from first_exit to exit_rung, share the smallest window that holds theirs.
         """
         s = self.settings
         floor, ceiling = self._around_exit(exit_rung, first_exit)
         if not s.ts_schedule:
-            floor = s.min_score_timestep / 1000
+            floor = max(floor, s.min_score_timestep / 1000)
         return SigmaWindow(max(s.min_timestep_ratio, floor), min(s.max_timestep_ratio, ceiling), s.timestep_shift)
 
     def critic_window(self, exit_rung: int, first_exit: int | None = None) -> SigmaWindow:
-        """Where critic and discriminator look at the student's samples: everywhere, or only where the student's turn
-        may compare samples of this exit (fake_score_ts_schedule)."""
-        s = self.settings
+        """Where critic and discriminator look at the student's samples: everywhere that the teacher knows, or only
+        where the student's turn may compare samples of this exit (fake_score_ts_schedule)."""
+        s, known = self.settings, self.settings.rollout.known
         floor, ceiling = self._around_exit(exit_rung, first_exit) if s.fake_score_ts_schedule else (0.0, 1.0)
+        floor, ceiling = max(floor, known.low), min(ceiling, known.high)
         return SigmaWindow(max(CRITIC_LOW, floor), min(CRITIC_HIGH, ceiling), s.timestep_shift)
 
     def _around_exit(self, exit_rung: int, first_exit: int | None) -> tuple[float, float]:
-        """The noise levels that ts_schedule and ts_schedule_max leave to samples of this exit."""
-        s, schedule = self.settings, self.settings.rollout.schedule
+        """What ts_schedule and ts_schedule_max leave to samples of this exit, of the noise levels the teacher knows."""
+        s, schedule, known = self.settings, self.settings.rollout.schedule, self.settings.rollout.known
         floor = schedule.next_sigma(exit_rung) if s.ts_schedule else 0.0
         ceiling = schedule.ladder[exit_rung if first_exit is None else first_exit] if s.ts_schedule_max else 1.0
-        return floor, ceiling
+        return max(floor, known.low), min(ceiling, known.high)
 
     def student_losses(self, batch: Batch, stream: RandomStream) -> Iterator[NamedLoss]:
         """One loss, whatever it is made of: all terms meet at x0, and one backward goes through the student."""
@@ -233,7 +235,7 @@ class DMD(Stateless):
 
     def _is_judged(self, rollout: Rollout) -> bool:
         """Whether the discriminator looks at this rollout, on which all ranks agree."""
-        adversary, last = self.settings.adversary, len(self.settings.rollout.schedule.ladder) - 1
+        adversary, last = self.settings.adversary, self.settings.rollout.rungs[-1]
         return adversary is not None and (rollout.first_exit == last or not adversary.last_step_only)
 
     def _roll_out(self, batch: Batch, stream: RandomStream, with_grad: bool) -> Rollout:
@@ -278,7 +280,7 @@ def matching(parts: Ingredients, rollout: RolloutSettings, roll_out: RollOut | N
 def build(parts: Ingredients) -> Method:
     """The method from `distillation_config`: `matching`, after regression on the teacher's trajectories if asked."""
     options = parts.options
-    source = RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only)
+    source = RolloutSettings(parts.schedule, options.renoise, options.rollout, options.last_step_only, parts.known)
     method = matching(parts, source)
     if not options.regression_steps:
         return method

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.flow import Batch, Denoiser, Schedule, TextEmbedding
+from simpletuner_dmd.flow import ALL_NOISE, Batch, Denoiser, NoiseRange, Schedule, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream
 
 
@@ -111,7 +111,7 @@ class Ingredients:
     the keys of the same names. discriminator: a head on features, where the options ask for one.
     weak: the critic at a fraction of its strength (weak-to-strong matching). target: the student under its running
     average, where there is one. detail: the low-noise expert of a two-expert student, whose high-noise expert is
-    `student`.
+    `student`. known: the noise levels that the teacher was made for, where it is one of two experts.
     """
 
     teacher: Denoiser
@@ -125,3 +125,4 @@ class Ingredients:
     target: Denoiser | None = None
     detail: Denoiser | None = None
     discriminator: nn.Module | None = None
+    known: NoiseRange = ALL_NOISE

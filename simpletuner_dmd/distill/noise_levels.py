@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from simpletuner_dmd.flow import shifted
+from simpletuner_dmd.flow import ALL_NOISE, NoiseRange, shifted, unshifted
 from simpletuner_dmd.randomness import RandomStream
 
 
@@ -26,6 +26,10 @@ class Draw(Protocol):
 
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
         """[B] fp64 on the CPU, one number per sample."""
+        ...
+
+    def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
+        """As `levels`, given that the number lies in [low, high). Raises ValueError where none can."""
         ...
 
 
@@ -43,6 +47,11 @@ class LogitNormal:
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
         return torch.sigmoid(self.mean + self.scale * stream.normal((), purpose).double())
 
+    def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
+        ends = torch.special.ndtr((torch.tensor([low, high], dtype=torch.float64).logit() - self.mean) / self.scale)
+        share = torch.lerp(ends[0], ends[1], stream.uniform(purpose))
+        return torch.sigmoid(self.mean + self.scale * torch.special.ndtri(share)).clamp(low, high)
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -52,6 +61,9 @@ class Uniform:
 
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
         return stream.uniform(purpose)
+
+    def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
+        return low + (high - low) * stream.uniform(purpose)
 
 
 @dataclass(frozen=True)
@@ -79,8 +91,18 @@ class Beta:
         return t, torch.cat([torch.zeros(1, dtype=torch.float64), below / below[-1]])
 
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
+        return self._quantile(stream.uniform(purpose))
+
+    def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
         t, below = self._table
-        u = stream.uniform(purpose)
+        ends = torch.tensor([low, high], dtype=torch.float64).logit().clamp(float(t[0]), float(t[-1]))
+        right = torch.searchsorted(t, ends).clamp(1, len(t) - 1)
+        share = (ends - t[right - 1]) / (t[right] - t[right - 1])
+        first, last = torch.lerp(below[right - 1], below[right], share)
+        return self._quantile(torch.lerp(first, last, stream.uniform(purpose))).clamp(low, high)
+
+    def _quantile(self, u: Tensor) -> Tensor:
+        t, below = self._table
         right = torch.searchsorted(below, u, right=True).clamp(1, len(t) - 1)
         share = (u - below[right - 1]) / (below[right] - below[right - 1])
         return torch.sigmoid(torch.lerp(t[right - 1], t[right], share))
@@ -96,6 +118,13 @@ class Listed:
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
         place = (stream.uniform(purpose) * len(self.sigmas)).long()  # a uniform below 1 never reaches the length
         return torch.tensor(self.sigmas, dtype=torch.float64)[place]
+
+    def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
+        known = NoiseRange(low, high)
+        chosen = tuple(sigma for sigma in self.sigmas if sigma in known)
+        if not chosen:
+            raise ValueError(f"none of the listed timesteps is between {1000 * low:g} and {1000 * high:g}")
+        return Listed(chosen).levels(stream, purpose)
 
 
 # The linear rule of FLUX.1 between two image sizes (black-forest-labs/flux, `get_lin_function`; diffusers,
@@ -118,6 +147,7 @@ def automatic_shift(latent_shape: Sequence[int]) -> float:
 @dataclass(frozen=True)
 class NoiseLevels:
     """A draw and its warp by k u / (1 + (k - 1) u). shift: k; None is no warp. automatic: k follows the size instead.
+    known: only sigmas of this range are drawn, as often relative to each other as without it.
 
     Raises ValueError where both shifts are asked for.
     """
@@ -125,6 +155,7 @@ class NoiseLevels:
     draw: Draw = LogitNormal()
     shift: float | None = None
     automatic: bool = False
+    known: NoiseRange = ALL_NOISE
 
     def __post_init__(self) -> None:
         if self.automatic and self.shift is not None:
@@ -132,8 +163,14 @@ class NoiseLevels:
 
     def sigma(self, stream: RandomStream, latent_shape: Sequence[int], purpose: str = "sigma") -> Tensor:
         """[B] fp32 on the CPU, computed in fp64."""
-        u = self.draw.levels(stream, purpose)
         shift = automatic_shift(latent_shape) if self.automatic else self.shift
-        sigma = u if shift is None or not self.draw.takes_shift else shifted(u, shift)
+        if shift is None or not self.draw.takes_shift:
+            shift = 1.0
+        if self.known == ALL_NOISE:
+            u = self.draw.levels(stream, purpose)
+        else:
+            low, high = unshifted(self.known.low, shift), unshifted(self.known.high, shift)
+            u = self.draw.between(stream, purpose, low, high)
+        sigma = u if shift == 1.0 else shifted(u, shift)
         assert isinstance(sigma, Tensor)
         return sigma.float()

@@ -12,7 +12,7 @@ from simpletuner_dmd.distill.losses import velocity_loss
 from simpletuner_dmd.distill.method import Ingredients, NamedLoss, OneRole
 from simpletuner_dmd.distill.noise_levels import Beta, Draw, Listed, LogitNormal, NoiseLevels, Uniform
 from simpletuner_dmd.distill.text import with_dropped_captions
-from simpletuner_dmd.flow import TIMESTEPS, Batch, Denoiser, Routing, add_noise
+from simpletuner_dmd.flow import ALL_NOISE, TIMESTEPS, Batch, Denoiser, NoiseRange, Routing, add_noise
 from simpletuner_dmd.randomness import RandomStream
 
 
@@ -43,8 +43,8 @@ class Supervised(OneRole):
         yield NamedLoss("loss", velocity_loss(velocity, x0, noise).mean())
 
 
-def noise_levels(options: Any) -> NoiseLevels:
-    """The `flow_*` options as a draw and a shift."""
+def noise_levels(options: Any, known: NoiseRange = ALL_NOISE) -> NoiseLevels:
+    """The `flow_*` options as a draw and a shift, within what the network knows."""
     draw: Draw = LogitNormal(scale=options.flow_sigmoid_scale)
     if options.flow_use_uniform_schedule:
         draw = Uniform()
@@ -53,10 +53,10 @@ def noise_levels(options: Any) -> NoiseLevels:
     elif options.flow_custom_timesteps is not None:
         # As SimpleTuner reads them: up to 1 they are sigmas already.
         draw = Listed(tuple(t if t <= 1 else t / TIMESTEPS for t in options.flow_custom_timesteps))
-    return NoiseLevels(draw, options.flow_schedule_shift, options.flow_schedule_auto_shift)
+    return NoiseLevels(draw, options.flow_schedule_shift, options.flow_schedule_auto_shift, known)
 
 
 def build(parts: Ingredients) -> Supervised:
     """The method from the noise options of the configuration."""
-    settings = SupervisedSettings(noise_levels(parts.options), parts.caption_dropout_probability)
+    settings = SupervisedSettings(noise_levels(parts.options, parts.known), parts.caption_dropout_probability)
     return Supervised(parts.student, settings, parts.device)

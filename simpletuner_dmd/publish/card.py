@@ -8,6 +8,7 @@ from typing import Any
 
 from simpletuner_dmd.publish.experts import high_noise_steps, low_noise_files
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
+from simpletuner_dmd.publish.native_experts import native_steps
 from simpletuner_dmd.publish.schedulers import SchedulerChoice
 from simpletuner_dmd.publish.snippets import load_snippet
 from simpletuner_dmd.publish.workflow import base_file
@@ -64,6 +65,8 @@ def _summary(info: ExportInfo) -> str:
         else "fine-tune of"
     )
     text = f"A {kind} `{info.base_name}`"
+    if info.native is not None:
+        text += f" ({info.native.words}, one of two)"
     if not info.schedule.ladder:
         return f"{text}, trained with SimpleTuner-DMD.\n"
     steps = f"{info.steps} step" + ("s" if info.steps > 1 else "")
@@ -84,6 +87,7 @@ def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
     if not info.schedule.ladder:
         rows = [("steps", str(info.steps)), ("guidance_scale", f"{info.guidance:g}"),
                 ("shift", f"{info.schedule.shift:g}")]  # fmt: skip
+        rows += [("experts", f"this is the {info.native.words} (`{info.native.transformer}`)")] if info.native else []
         return f"## Settings\n\n{_table(rows)}"
     if info.blocks is not None:
         return f"## Settings\n\n{_table(_block_rows(info))}"
@@ -103,6 +107,7 @@ def _settings(info: ExportInfo, choice: SchedulerChoice) -> str:
         ("scheduler", scheduler),
         ("LoRA strength", "1.0") if info.model_type == "lora" else ("weights", "`diffusers/transformer`"),
         *([("experts", _experts(info))] if info.boundary else []),
+        *([("experts", native_steps(info, info.native))] if info.native is not None else []),
         ("max_sequence_length", str(info.tokenizer_max_length)),
     ]
     seed = ("\nThe re-noising draws from torch's global generator: call `torch.manual_seed` for a repeatable result.\n"

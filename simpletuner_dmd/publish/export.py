@@ -31,9 +31,10 @@ from simpletuner_dmd.publish.causal_sampler import causal_sampler_file
 from simpletuner_dmd.publish.dialects import DIFFUSERS_PREFIX, comfyui_key, to_diffusers
 from simpletuner_dmd.publish.experts import LOW_NOISE_METADATA, experts_document, experts_sampler_file, low_noise_files
 from simpletuner_dmd.publish.info import ExportInfo, decimals, ladder_text
+from simpletuner_dmd.publish.native_experts import keep_other, native_document, native_sampler_file
 from simpletuner_dmd.publish.schedulers import SchedulerChoice, scheduler_for
-from simpletuner_dmd.publish.snippets import LORA_FILE, load_snippet, sampler_file
-from simpletuner_dmd.publish.workflow import comfyui_workflow, two_expert_workflow
+from simpletuner_dmd.publish.snippets import LORA_FILE, host_file, load_snippet, sampler_file
+from simpletuner_dmd.publish.workflow import comfyui_workflow, native_workflow, two_expert_workflow
 
 FORMATS = ("diffusers", "comfyui")
 SMALL_BYTES = 100_000_000
@@ -78,6 +79,8 @@ def export_lora(
         graph = comfyui_workflow(info, comfyui_file, choice.name)
         if low_noise is not None:
             graph = two_expert_workflow(graph, info, low_noise_files(info)["comfyui"].name)
+        if info.native is not None:
+            graph = native_workflow(graph, info, info.native, comfyui_file)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
         "rank": rank,
@@ -158,16 +161,26 @@ def describe(directory: Path, info: ExportInfo, choice: SchedulerChoice, weights
         written.append(write_text(directory / "sampler.py", sampler))
     card = model_card(info, choice, weights_dtype=weights_dtype, comfyui_file=comfyui_file)
     written.append(write_text(directory / "README.md", card))
+    if info.native is not None:
+        written += keep_other(directory, info.native)
     written.append(write_json(directory / "distill.json", distill_document(info, choice, weights_dtype, adapter)))
     return written
 
 
 def _sampler_text(info: ExportInfo) -> str | None:
     if not info.schedule.ladder:
-        return None
+        return host_file(info)
     if info.blocks is not None:
         return causal_sampler_file(info, info.blocks)
+    if info.native is not None:
+        return native_sampler_file(info, info.native)
     return experts_sampler_file(info) if info.boundary else sampler_file(info)
+
+
+def _experts(info: ExportInfo) -> dict[str, Any] | None:
+    if info.native is not None:
+        return native_document(info, info.native)
+    return experts_document(info) if info.boundary else None
 
 
 def distill_document(
@@ -184,7 +197,7 @@ def distill_document(
         "renoise": info.renoise if info.schedule.ladder else None,
         "sampler": choice.name,
         "blocks": None if info.blocks is None else asdict(info.blocks),
-        "experts": experts_document(info) if info.boundary else None,
+        "experts": _experts(info),
         "shift": info.schedule.shift,
         "guidance": 1.0 if info.schedule.ladder else info.guidance,
         "scheduler": {
@@ -194,6 +207,8 @@ def distill_document(
             "needs_sampler_file": choice.needs_sampler_file,
         },
         "base": info.base_name,
+        "flavour": info.flavour,
+        "picture_channels": info.picture_channels,
         "base_hash": info.base_hash or None,
         "teacher": info.teacher or None,
         "teacher_lora": info.teacher_lora.as_dict() if info.teacher_lora else None,

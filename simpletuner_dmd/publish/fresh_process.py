@@ -78,13 +78,19 @@ def check_export(
         tolerance = max(TOLERANCES.get(name, TOLERANCES["float32"]) for name in precisions)
     try:
         scheduler = exported_scheduler(export_dir, document, sigmas, shift, renoise)
-        experts = _load_sampler(export_dir / "sampler.py") if document["experts"] else None
+        two = document["experts"] is not None and document["experts"].get("other", "same base") is not None
+        experts = _load_sampler(export_dir / "sampler.py") if two else None
         with _student(pipeline, export_dir, document, experts, device), _swapped(pipeline, "scheduler", scheduler):
             if document["blocks"] is not None:
                 latents = _sample_blocks(pipeline, export_dir, prompt_embeds, shape, seed)
             else:
                 switch = getattr(experts, "switch_expert", None)  # a full one is switched by the pipeline itself
-                latents = _sample(pipeline, prompt_embeds, shape, seed, len(sigmas), max_sequence_length, switch)
+                # A host that expects a picture is told that there is none, by the function that users have.
+                first_noise = _load_sampler(export_dir / "sampler.py").without_picture \
+                    if document["picture_channels"] else None  # fmt: skip
+                latents = _sample(
+                    pipeline, prompt_embeds, shape, seed, len(sigmas), max_sequence_length, switch, first_noise
+                )
     except _Unfit as unfit:
         return LoadBack(float("inf"), passed=False, message=f"the export does not load back: {unfit}")
     if latents.shape != reference_latents.shape:
@@ -155,17 +161,18 @@ def _sample_blocks(pipeline: Any, export_dir: Path, prompt_embeds: Tensor, shape
 
 def _sample(
     pipeline: Any, prompt_embeds: Tensor, shape: Sequence[int], seed: int, steps: int, max_sequence_length: int,
-    switch_expert: Any = None,
+    switch_expert: Any = None, first_noise: Any = None,
 ) -> Tensor:  # fmt: skip
     """A user's call: `torch.manual_seed`, then the pipeline draws all noise itself. Returns normalised latents."""
     _, _, frames, height, width = shape
     spatial, temporal = pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal
-    device = pipeline._execution_device
+    device, size = pipeline._execution_device, (width * spatial, height * spatial, (frames - 1) * temporal + 1)
     with _seeded(pipeline, seed):
         # With output_type "latent" the pipeline returns the latents it denoised, before it un-normalises them.
         return pipeline(
-            prompt_embeds=prompt_embeds.to(device), height=height * spatial, width=width * spatial,
-            num_frames=(frames - 1) * temporal + 1, num_inference_steps=steps, guidance_scale=1.0,
+            prompt_embeds=prompt_embeds.to(device), width=size[0], height=size[1], num_frames=size[2],
+            latents=first_noise(pipeline, *size) if first_noise else None, num_inference_steps=steps,
+            guidance_scale=1.0,
             max_sequence_length=max_sequence_length, output_type="latent", return_dict=False,
             callback_on_step_end=switch_expert,
         )[0]  # fmt: skip
@@ -174,6 +181,10 @@ def _sample(
 @contextmanager
 def _student(pipeline: Any, export_dir: Path, document: dict[str, Any], experts: Any, device: str) -> Iterator[None]:
     """The exported weights in the pipeline, and out of it again. experts: sampler.py of a two-expert student."""
+    if experts is not None and "expert" in document["experts"]:
+        with _native_pair(pipeline, export_dir, experts):
+            yield
+        return
     if experts is not None:
         with _two_experts(pipeline, export_dir, document, experts):
             yield
@@ -232,6 +243,21 @@ def _two_experts(pipeline: Any, export_dir: Path, document: dict[str, Any], samp
 
 
 @contextmanager
+def _native_pair(pipeline: Any, export_dir: Path, sampler: Any) -> Iterator[None]:
+    """Both experts, each on its own network of the base, by sampler.py's `load_experts`."""
+    former = pipeline.transformer, pipeline.transformer_2
+    try:
+        sampler.load_experts(pipeline, export_dir)
+    except (AssertionError, ValueError, KeyError, RuntimeError, TypeError, OSError) as error:
+        raise _Unfit(f"an expert is refused: {error}") from error
+    try:
+        yield
+    finally:
+        pipeline.unload_lora_weights()
+        pipeline.register_modules(transformer=former[0], transformer_2=former[1])
+
+
+@contextmanager
 def _lycoris(transformer: Any, file: Path) -> Iterator[None]:
     """A LyCORIS file on the transformer as its users apply it, and off again."""
     import lycoris
@@ -284,9 +310,11 @@ def run(folder: Path) -> LoadBack:
     tensors = load_file(folder / "tensors.safetensors")
 
     def check(base: Mapping[str, Any] | None) -> LoadBack:
+        transformer, second = (None, None) if base is None else base_transformers(base, folder)
+        boundary = None if base is None or second is None else base["boundary"]
         return check_export(
-            stock_pipeline(None if base is None else base_transformer(base, folder), request["vae_scale"],
-                           request["device"]),
+            stock_pipeline(transformer, second, request["vae_scale"], request["device"], boundary_ratio=boundary,
+                           expand_timesteps=request["expand_timesteps"]),
             Path(request["export"]), prompt_embeds=tensors["prompt_embeds"], reference_latents=tensors["latents"],
             shape=tensors["latents"].shape, device=request["device"], **request["sampling"],
         )  # fmt: skip
@@ -303,11 +331,16 @@ def run(folder: Path) -> LoadBack:
                    f"quantisation they are {plain.relative_error:.2g} away")  # fmt: skip
 
 
-def stock_pipeline(transformer: Any, vae_scale: Sequence[int], device: str) -> Any:
-    """`WanPipeline` for embedded prompts and latents. vae_scale: pixels per latent, frames per latent."""
+def stock_pipeline(
+    transformer: Any, second: Any, vae_scale: Sequence[int], device: str, *, boundary_ratio: float | None = None,
+    expand_timesteps: bool = False,
+) -> Any:  # fmt: skip
+    """`WanPipeline` for embedded prompts and latents. second: the low-noise network of a model of two, which takes over
+    at boundary_ratio. vae_scale: pixels per latent, frames per latent."""
     pipeline = diffusers.WanPipeline(
         tokenizer=None, text_encoder=None, vae=None, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        transformer=transformer,
+        transformer=transformer, transformer_2=second, boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
     )  # fmt: skip
     pipeline.vae_scale_factor_spatial, pipeline.vae_scale_factor_temporal = vae_scale
     pipeline.set_progress_bar_config(disable=True)
@@ -316,13 +349,22 @@ def stock_pipeline(transformer: Any, vae_scale: Sequence[int], device: str) -> A
     return pipeline
 
 
-def base_transformer(base: Mapping[str, Any], folder: Path) -> Any:
-    """The base as training had it: weights, merged fine-tune, quantisation."""
+def base_transformers(base: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
+    """The base's network, and None; or both of a model of two, high noise first, where both experts are sampled."""
+    own = _network(base, base["source"], folder)
+    if base["other"] is None:
+        return own, None
+    other = _network(base, base["other"], folder)
+    return (own, other) if base["expert"] == "high" else (other, own)
+
+
+def _network(base: Mapping[str, Any], source: Mapping[str, Any], folder: Path) -> Any:
+    """As training had it: weights, merged fine-tune, quantisation."""
     stock, dtype = diffusers.WanTransformer3DModel, getattr(torch, base["dtype"])
-    if "config" in base["source"]:
-        transformer = stock.from_single_file(torch_dtype=dtype, **base["source"])
+    if "config" in source:
+        transformer = stock.from_single_file(torch_dtype=dtype, **source)
     else:
-        transformer = stock.from_pretrained(dtype=dtype, **base["source"])
+        transformer = stock.from_pretrained(dtype=dtype, **source)
     transformer.requires_grad_(False)
     if base["teacher_lora"] is not None:
         _merge_fine_tune(transformer, base["teacher_lora"], folder)
@@ -337,7 +379,7 @@ def _merge_fine_tune(transformer: Any, fine_tune: Mapping[str, Any], folder: Pat
     """As the card says: loaded and fused by diffusers; by lycoris where it is a LyCORIS network."""
     file, strength = folder / fine_tune["file"], fine_tune["strength"]
     if fine_tune["kind"] == "lora":
-        pipeline = stock_pipeline(transformer, (8, 4), "cpu")
+        pipeline = stock_pipeline(transformer, None, (8, 4), "cpu")
         pipeline.load_lora_weights(str(folder), weight_name=file.name)
         pipeline.fuse_lora(lora_scale=strength)
         pipeline.unload_lora_weights()

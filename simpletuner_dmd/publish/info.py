@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from simpletuner_dmd.config.flavours import DEFAULT_FLAVOUR, flavour_of
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.validation.sampling import BlockSampling
 
@@ -25,9 +26,34 @@ class TeacherLora:
 
 
 @dataclass(frozen=True)
+class NativeExpert:
+    """expert: "high" or "low", which of the base's two networks the student is. boundary: the sigma from which on,
+    upwards, the high-noise one works. other: the export of the other one's student, where it is kept beside."""
+
+    expert: str
+    boundary: float
+    other: Path | None = None
+
+    @property
+    def transformer(self) -> str:
+        """The network's name in the pipeline."""
+        return "transformer" if self.expert == "high" else "transformer_2"
+
+    @property
+    def partner(self) -> str:
+        """The other of the two."""
+        return "low" if self.expert == "high" else "high"
+
+    @property
+    def words(self) -> str:
+        return f"{self.expert}-noise expert"
+
+
+@dataclass(frozen=True)
 class ExportInfo:
     """The facts of a finished student.
 
+    flavour: the model_flavour of the run.
     method: "dmd", … or "" for supervised training. schedule: its ladder is the student's steps; empty for supervised
     training, which then samples with `sampling_steps` steps of Wan's own solver at `guidance`.
     renoise: "sde" or "ode". base: a Hub name or a folder. base_hash: of the base's weights, "" where unknown.
@@ -44,6 +70,7 @@ class ExportInfo:
     schedule: Schedule
     renoise: str
     base: str
+    flavour: str = DEFAULT_FLAVOUR
     model_type: str = "lora"
     base_hash: str = ""
     guidance: float = 1.0
@@ -56,6 +83,7 @@ class ExportInfo:
     framerate: float = 16
     blocks: BlockSampling | None = None  # of a causal student, which makes a clip block by block
     boundary: float = 0.0  # sigma from which upwards the high-noise expert of a two-expert student works; 0: one expert
+    native: NativeExpert | None = None  # which of the base's own two networks the student is, where it has two
     vae_scale: tuple[int, int] = (8, 4)  # pixels per latent in space, frames per latent in time
     licence: str = "apache-2.0"
     prompt: str = "a cat walks through tall grass"
@@ -81,8 +109,14 @@ class ExportInfo:
 
     @property
     def file_name(self) -> str:
-        """The run's name as a file name."""
-        return re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_name).strip("-.") or "student"
+        """The run's name as a file name; of one of two experts, which one."""
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", self.run_name).strip("-.") or "student"
+        return name if self.native is None else f"{name}-{self.native.expert}-noise"
+
+    @property
+    def picture_channels(self) -> int:
+        """Input channels that describe a picture, of a model that hosts a text-to-video adapter."""
+        return flavour_of(self.flavour).image_channels
 
     @property
     def steps(self) -> int:
@@ -91,24 +125,35 @@ class ExportInfo:
 
     @property
     def size(self) -> tuple[int, int, int]:
-        """(width, height, frames) for examples: the first trained size, else Wan's own."""
-        return self.trained_sizes[0] if self.trained_sizes else (832, 480, 81)
+        """(width, height, frames) for examples: the first trained size, else the flavour's own."""
+        flavour = flavour_of(self.flavour)
+        return self.trained_sizes[0] if self.trained_sizes else (*flavour.native_size, flavour.frames)
 
     @property
     def base_is_local(self) -> bool:
         """A folder rather than a Hub name "owner/name"."""
-        return not re.fullmatch(r"[\w.-]+/[\w.-]+", self.base) or Path(self.base).exists()
+        return is_local(self.base)
 
     @property
     def base_name(self) -> str:
         """The base without the folders of the machine it was trained on."""
-        return Path(self.base).name if self.base_is_local else self.base
+        return base_name(self.base)
 
     @property
     def base_size(self) -> str:
         """ "1.3B", "14B" or "" as the name tells."""
         found = re.search(r"(1\.3|14)b", self.base_name, re.IGNORECASE)
         return f"{found[1]}B" if found else ""
+
+
+def is_local(base: str) -> bool:
+    """A folder rather than a Hub name "owner/name"."""
+    return not re.fullmatch(r"[\w.-]+/[\w.-]+", base) or Path(base).exists()
+
+
+def base_name(base: str) -> str:
+    """A base as exports name it."""
+    return Path(base).name if is_local(base) else base
 
 
 def decimals(sigma: float) -> str:

@@ -40,6 +40,8 @@ class Base:
 
     dtype: "float32", … precision: "no_change" or a quantisation, made on `quantised_on` (None: where it was loaded).
     teacher_lora: a fine-tune that was merged into it, and its strength.
+    other: of a model of two networks whose experts are sampled together, the arguments for the network of the other
+    expert; expert: which one `source` is, "high" or "low", and boundary: the sigma between the two.
     """
 
     source: Mapping[str, Any]
@@ -47,6 +49,9 @@ class Base:
     precision: str = "no_change"
     quantised_on: str | None = None
     teacher_lora: tuple[AdapterFile, float] | None = None
+    other: Mapping[str, Any] | None = None
+    expert: str = "high"
+    boundary: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class Reference:
     base: Base | None
     vae_scale: tuple[int, int]
     device: str
+    timestep_per_token: bool = False
+    """Whether the base's pipeline gives every token a timestep of its own (TI2V-5B)."""
 
 
 def load_back(export_dir: Path, reference: Reference, *, judged: bool = True) -> LoadBack:
@@ -88,6 +95,7 @@ def save_request(folder: Path, export_dir: Path, reference: Reference, tolerance
         "export": str(export_dir.resolve()),
         "device": reference.device,
         "vae_scale": list(reference.vae_scale),
+        "expand_timesteps": reference.timestep_per_token,
         "sampling": {
             "seed": reference.seed,
             "sigmas": list(schedule.ladder),
@@ -102,6 +110,9 @@ def save_request(folder: Path, export_dir: Path, reference: Reference, tolerance
             "precision": base.precision,
             "quantised_on": base.quantised_on,
             "teacher_lora": _save_fine_tune(folder, base),
+            "other": None if base.other is None else dict(base.other),
+            "expert": base.expert,
+            "boundary": base.boundary,
         },
     }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")

@@ -22,7 +22,7 @@ from simpletuner_dmd.publish.experts import LOW_NOISE_METADATA, low_noise_files
 from simpletuner_dmd.publish.export import SMALL_BYTES, describe, dtype_name, foreign_metadata, own_metadata, save
 from simpletuner_dmd.publish.info import ExportInfo
 from simpletuner_dmd.publish.schedulers import scheduler_for
-from simpletuner_dmd.publish.workflow import comfyui_workflow, two_expert_workflow
+from simpletuner_dmd.publish.workflow import comfyui_workflow, native_workflow, two_expert_workflow
 
 PREFIX = "lycoris_"
 ALPHA = "alpha"
@@ -154,6 +154,8 @@ def export_lycoris(
         graph = comfyui_workflow(info, file_name, choice.name)
         if low_noise is not None:
             graph = two_expert_workflow(graph, info, low_noise_files(info)["comfyui"].name)
+        if info.native is not None:
+            graph = native_workflow(graph, info, info.native, file_name)
         written.append(write_json(directory / "comfyui" / "workflow.json", graph))
     adapter = {
         "kind": "lycoris",

@@ -110,7 +110,8 @@ def _folder_of(source: ModelSource) -> Path:
     if not path.exists():
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(str(path), revision=arguments.get("revision"), allow_patterns=f"{subfolder}/*"))
+        wanted = f"{subfolder}/*" if subfolder else None
+        path = Path(snapshot_download(str(path), revision=arguments.get("revision"), allow_patterns=wanted))
     folder = path / subfolder if subfolder else path
     if not (folder / "config.json").is_file():
         raise UserError(

@@ -25,7 +25,7 @@ class Ladder(FlowMatchEulerDiscreteScheduler):
 
 def few_step_scheduler():
     return Ladder(shift=1.0, stochastic_sampling={stochastic})  # {meaning}
-
+{host}
 if __name__ == "__main__":
     export, base = Path(__file__).parent / "diffusers", (*sys.argv[3:], {base})[0]
 {load}
@@ -33,9 +33,34 @@ if __name__ == "__main__":
     pipe.to("cuda" if torch.cuda.is_available() else "cpu"){moved}
     torch.manual_seed(42)  # the first noise and the re-noising
     video = pipe(sys.argv[1], width={width}, height={height}, num_frames={frames}, num_inference_steps={steps},
-                 guidance_scale=1.0, max_sequence_length={length}).frames[0]
+                 guidance_scale=1.0, max_sequence_length={length}{latents}).frames[0]
     export_to_video(video, sys.argv[2], fps={fps:g})
 '''
+
+
+_HOST = """
+def without_picture(pipe, width, height, frames):  # its picture channels get zeros; returns the first noise
+    def pad(module, args, kwargs):
+        noisy = kwargs["hidden_states"]
+        empty = noisy.new_zeros(noisy.shape[0], module.config.in_channels - noisy.shape[1], *noisy.shape[2:])
+        return args, {{**kwargs, "hidden_states": torch.cat([noisy, empty], dim=1)}}
+    pipe.transformer.register_forward_pre_hook(pad, with_kwargs=True)
+    return torch.randn(1, pipe.transformer.config.out_channels, (frames - 1) // {temporal} + 1, height // {spatial},
+                       width // {spatial}, device=pipe.device)
+"""
+
+
+def host_function(info: ExportInfo) -> str:
+    """`without_picture`, for a base that expects one; else nothing."""
+    if not info.picture_channels:
+        return ""
+    spatial, temporal = info.vae_scale
+    return _HOST.format(spatial=spatial, temporal=temporal)
+
+
+def host_file(info: ExportInfo) -> str | None:
+    """sampler.py of a student without a ladder: what its host needs."""
+    return f"import torch\n\n{host_function(info)}" if info.picture_channels else None
 
 
 def load_lines(info: ExportInfo) -> str:
@@ -56,7 +81,9 @@ def sampler_file(info: ExportInfo) -> str:
     return _SAMPLER.format(
         name=info.file_name, steps=info.steps, sigmas=", ".join(repr(sigma) for sigma in info.schedule.ladder),
         ladder=ladder_text(info), stochastic=info.renoise == "sde", base=json.dumps(info.base_name),
-        load=load_lines(info),
+        load=load_lines(info), host=host_function(info),
+        latents=f",\n                 latents=without_picture(pipe, {width}, {height}, {frames})"
+        if info.picture_channels else "",
         meaning="fresh noise at each step" if info.renoise == "sde" else "deterministic (Euler)",
         imports=loading_imports(info),
         moved=f"\n    {MOVED}" if info.lycoris else "", width=width, height=height, frames=frames,
@@ -81,6 +108,13 @@ def teacher_lines(info: ExportInfo) -> list[str]:
     if info.teacher_lora is None:
         return []
     file, strength = json.dumps(info.teacher_lora.file), info.teacher_lora.strength
+    if info.native is not None:  # into its own network alone
+        network = info.native.transformer
+        into = f", load_into_transformer_2={network == 'transformer_2'}"
+        return [
+            f"pipe.load_lora_weights({file}{into})  # the fine-tune that was distilled",
+            f'pipe.fuse_lora(components=["{network}"], lora_scale={strength:g}); pipe.{network}.unload_lora()',
+        ]
     return [f"pipe.load_lora_weights({file})  # the fine-tune that was distilled",
             f"pipe.fuse_lora(lora_scale={strength:g}); pipe.unload_lora_weights()"]  # fmt: skip
 
@@ -89,27 +123,35 @@ def teacher_lines(info: ExportInfo) -> list[str]:
 MOVED = "network.to(pipe.device, pipe.dtype)"
 
 
-def _lycoris_line(file: str) -> str:
-    return f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.transformer); network.apply_to()"
+def _lycoris_line(file: str, network: str = "transformer") -> str:
+    return f"network, _ = create_lycoris_from_weights(1.0, {file}, pipe.{network}); network.apply_to()"
+
+
+def _network(info: ExportInfo) -> str:
+    """The pipeline's network that the student belongs to."""
+    return "transformer" if info.native is None else info.native.transformer
 
 
 def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
     """The lines to copy. They read a Hub repository and a local export folder alike."""
-    if info.boundary or info.blocks is not None:
+    if info.boundary or info.blocks is not None or (info.native is not None and info.schedule.ladder):
         return _own_sampler_snippet(info)
     scheduler = type(choice.scheduler).__name__
+    helpers = [*(["few_step_scheduler"] if choice.needs_sampler_file else []),
+               *(["without_picture"] if info.picture_channels else [])]  # fmt: skip
     names = ["WanPipeline"] if choice.needs_sampler_file else [scheduler, "WanPipeline"]
     names += ["WanTransformer3DModel"] if info.model_type == "full" else []
     width, height, frames = info.size
     guidance = 1.0 if info.schedule.ladder else info.guidance
+    latents = f",\n             latents=without_picture(pipe, {width}, {height}, {frames})" if info.picture_channels \
+        else ""  # fmt: skip
     lines = [
         "import torch",
         f"from diffusers import {', '.join(names)}",
         *([LYCORIS_IMPORT + "  # pip install lycoris-lora"] if info.lycoris else []),
         "from diffusers.utils import export_to_video",
         *(["from huggingface_hub import hf_hub_download"] if info.lycoris and info.hub_repo else []),
-        *(["from sampler import few_step_scheduler  # sampler.py of this repository"]
-          if choice.needs_sampler_file else []),
+        *([f"from sampler import {', '.join(helpers)}  # sampler.py of this repository"] if helpers else []),
         "",
         f"source = {json.dumps(info.hub_repo or 'path/to/export')}  # a Hub repository or the export folder",
         f"base = {json.dumps(info.base_name)}",
@@ -118,7 +160,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         lines += [
             'student = WanTransformer3DModel.from_pretrained(source, subfolder="diffusers/transformer",',
             "                                                dtype=torch.bfloat16)",
-            "pipe = WanPipeline.from_pretrained(base, transformer=student, dtype=torch.bfloat16)",
+            f"pipe = WanPipeline.from_pretrained(base, {_network(info)}=student, dtype=torch.bfloat16)",
         ]
     elif info.lycoris:
         lines += [
@@ -126,13 +168,14 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
             *teacher_lines(info),
             *(['file = hf_hub_download(source, "lycoris/' + info.file_name + '.safetensors")'] if info.hub_repo else
               ['file = source + "/lycoris/' + info.file_name + '.safetensors"']),
-            _lycoris_line("file"),
+            _lycoris_line("file", _network(info)),
         ]  # fmt: skip
     else:
         lines += [
             "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
             *teacher_lines(info),
-            f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}")',
+            f'pipe.load_lora_weights(source, subfolder="diffusers", weight_name="{LORA_FILE}"'
+            + (", load_into_transformer_2=True)" if _network(info) == "transformer_2" else ")"),
             "assert pipe.get_active_adapters()  # a file that does not fit loads without an error",
         ]
     lines += [
@@ -145,7 +188,7 @@ def load_snippet(info: ExportInfo, choice: SchedulerChoice) -> str:
         f"video = pipe({json.dumps(info.prompt, ensure_ascii=False)}, width={width}, height={height}, "
         f"num_frames={frames},",
         f"             num_inference_steps={info.steps}, guidance_scale={guidance},"
-        f" max_sequence_length={info.tokenizer_max_length}).frames[0]",
+        f" max_sequence_length={info.tokenizer_max_length}{latents}).frames[0]",
         f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -155,7 +198,8 @@ def _own_sampler_snippet(info: ExportInfo) -> str:
     """The lines of a student that the plain pipeline call cannot sample: sampler.py's own functions do."""
     width, height, frames = info.size
     prompt, blockwise = json.dumps(info.prompt, ensure_ascii=False), info.blocks is not None
-    names = ["few_step_scheduler", "load_experts", *(["switch_expert"] if info.model_type == "lora" else [])]
+    switched = info.model_type == "lora" and info.native is None  # else the pipeline switches by itself
+    names = ["few_step_scheduler", "load_experts", *(["switch_expert"] if switched else [])]
     lines = [
         "import sys",
         *(["from pathlib import Path"] if blockwise else []),
@@ -183,7 +227,8 @@ def _own_sampler_snippet(info: ExportInfo) -> str:
             f"video = make_video(pipe, {prompt}, width={width}, height={height}, frames={frames})",
             f'export_to_video(video, "video.mp4", fps={info.framerate:g})',
         ]) + "\n"  # fmt: skip
-    callback = ", callback_on_step_end=switch_expert" if info.model_type == "lora" else ""
+    callback = ", callback_on_step_end=switch_expert" if switched else ""
+    alone = info.native is not None and info.native.other is None
     return "\n".join([
         *lines,
         f"from sampler import {', '.join(names)}" + ("  # needs lycoris-lora" if info.lycoris else ""),
@@ -191,7 +236,7 @@ def _own_sampler_snippet(info: ExportInfo) -> str:
         "pipe = WanPipeline.from_pretrained(base, dtype=torch.bfloat16)",
         *teacher_lines(info),
         'pipe.to("cuda")',
-        "load_experts(pipe, source)",
+        'load_experts(pipe, source, "path/to/the/other/experts/export")' if alone else "load_experts(pipe, source)",
         "pipe.scheduler = few_step_scheduler()",
         "torch.manual_seed(42)",
         f"video = pipe({prompt}, width={width}, height={height}, num_frames={frames},",

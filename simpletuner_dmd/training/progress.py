@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
@@ -31,6 +32,17 @@ def peak_bytes(device: torch.device | str = "cpu") -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def forget_peak(device: torch.device | str = "cpu") -> None:
+    """From here `peak_bytes` is what is held from now on, where the system can forget (CUDA, Linux)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError:
+            return  # a container that does not allow it: the peak stays that of the whole run
 
 
 class Progress:

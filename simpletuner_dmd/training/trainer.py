@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from simpletuner_dmd.flow import Batch
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.training.checkpoint import CheckpointState, load_checkpoint, save_checkpoint
 from simpletuner_dmd.training.ema import Ema
+from simpletuner_dmd.training.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 from simpletuner_dmd.training.progress import Progress, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 
@@ -125,7 +127,8 @@ class TrainerSettings:
 
 
 class Trainer:
-    """Runs a method to its end. `validate(step)` and `checkpointed(path, step)` are called on the main process."""
+    """Runs a method to its end. On the main process it calls `stepped(metrics)` after every step, `validate(step)` and
+    `checkpointed(path, step)`."""
 
     def __init__(
         self,
@@ -145,8 +148,10 @@ class Trainer:
         self.settings, self.method, self.optimizers, self.batches = settings, method, optimizers, batches
         self.accelerator, self.tracking, self.ema, self.meta = accelerator, tracking, ema, meta or {}
         self.validate, self.checkpointed = validate, checkpointed
+        self.stepped: Callable[[dict[str, float]], None] | None = None
         self.averaged = averaged
         self.step = 0
+        self._untouched = True  # no role has moved in the step that is being taken
         self.asked_to_stop = False  # set by a signal at any moment, on this rank
         self.interrupted = False  # what all ranks agreed on, between two steps
 
@@ -206,7 +211,10 @@ class Trainer:
     # --- the loop ---------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Trains from `self.step` to the end. Ctrl-C or SIGTERM saves and stops; a second one stops at once."""
+        """Trains from `self.step` to the end. Ctrl-C or SIGTERM saves and stops; a second one stops at once.
+
+        Raises OutOfMemory, with the finished steps saved where that is possible.
+        """
         settings = self.settings
         saved_at = self.step if self.step else -1
         progress = Progress(
@@ -214,10 +222,12 @@ class Trainer:
         )
         with progress, self._catching_signals():
             while self.step < settings.max_steps and not self.interrupted:
-                values = self._train_step()
+                values = self._step_or_out_of_memory(saved_at)
                 self.step += 1
                 progress.update(self.step, values)
                 self.tracking.log(self.step, values)
+                if self.stepped is not None and self.accelerator.is_main_process:
+                    self.stepped(values)
                 self._agree_on_interrupt()
                 last = self.step == settings.max_steps
                 if last or self.interrupted or self.step % settings.checkpoint_interval == 0:
@@ -232,6 +242,28 @@ class Trainer:
         if self.validate is not None and self.accelerator.is_main_process:
             self.validate(self.step)
         self.accelerator.wait_for_everyone()
+
+    def _step_or_out_of_memory(self, saved_at: int) -> dict[str, float]:
+        """The next step's metrics. Where memory runs out: what the step held is let go, the steps before it are saved
+        if none of the roles has moved in it yet, and OutOfMemory is raised."""
+        self._untouched = True
+        try:
+            return self._train_step()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+            traceback.clear_frames(error.__traceback__)  # they hold the step's graphs
+        for role in self.optimizers.values():
+            role.optimizer.zero_grad(set_to_none=True)
+        self.method.end_step()
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+        saved = None
+        # The other processes are in a collective or about to be: nothing can be agreed with them any more.
+        if self._untouched and self.step > 0 and self.step != saved_at and self.accelerator.num_processes == 1:
+            saved = self.save()
+        raise OutOfMemory(self.step, reason, saved)
 
     def _train_step(self) -> dict[str, float]:
         """All turns of one step; returns its metrics, averaged over micro-batches and ranks."""
@@ -251,6 +283,7 @@ class Trainer:
                     for name, value in loss.metrics.items():
                         values[name] += value / settings.accumulation
             values[f"{turn.role}_lr"] = role.lr
+            self._untouched = False
             try:
                 norms[f"{turn.role}_grad_norm"] = role.update(self.accelerator)
             except FloatingPointError as error:
@@ -323,7 +356,10 @@ def _detached(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
 
 
 def _kind(role: RoleOptimizer) -> str:
-    return type(role.optimizer).__name__
+    """The optimizer's class, and its library where torch or optimi have one of that name too."""
+    kind = type(role.optimizer)
+    library = kind.__module__.split(".")[0]
+    return f"{library} {kind.__name__}" if library in ("bitsandbytes", "torchao") else kind.__name__
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpletuner_dmd.data.video import write_mp4, write_poster
 from simpletuner_dmd.flow import Denoiser, TextEmbedding
-from simpletuner_dmd.validation.sampling import Sampler
+from simpletuner_dmd.validation.sampling import VideoSampler
 
 FOLDER = "validation"
 
@@ -63,7 +63,7 @@ class Renderer:
         self.output_dir, self.scenes, self.negative = output_dir, scenes, negative
         self.decode, self.record, self.framerate, self.device = decode, record, framerate, device
 
-    def render(self, denoiser: Denoiser, sampler: Sampler, kind: str, step: int) -> list[Path]:
+    def render(self, denoiser: Denoiser, sampler: VideoSampler, kind: str, step: int) -> list[Path]:
         """One video per scene under validation/step-NNNNNN/ (or validation/KIND/ for what is rendered once).
 
         kind: "student", "student-ema", "teacher" or "undistilled".

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from simpletuner_dmd.distill.blocks import BlockPlan, CausalDenoiser, sample_blocks_euler, stream_blocks
 from simpletuner_dmd.flow import (
     Denoiser,
+    NoiseRange,
     NoiseSource,
     Schedule,
     TextEmbedding,
@@ -37,6 +38,18 @@ def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str 
         return torch.randn(like.shape, generator=generator, device=device, dtype=torch.float32).to(like.device)
 
     return first, fresh
+
+
+class VideoSampler(Protocol):
+    """Makes latents with a denoiser."""
+
+    @property
+    def forwards(self) -> int: ...
+
+    def __call__(
+        self, denoiser: Denoiser, text: TextEmbedding, negative: TextEmbedding, shape: Sequence[int], seed: int,
+        device: torch.device,
+    ) -> Tensor: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,3 +119,54 @@ class Sampler:
             lambda block, rung, like: fresh(block * draws + rung, like),
             plan, self.blocks.context_noise,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """A student that is one of two experts, with an undistilled network as the other.
+
+    The student walks its own rungs; the other makes its part of the way in the teacher's many guided steps. They change
+    at the first rung of the low-noise expert. known: the student's noise levels.
+    """
+
+    student: Sampler
+    other: Denoiser
+    teacher: Sampler
+    known: NoiseRange
+
+    @property
+    def forwards(self) -> int:
+        """Steps of the whole video."""
+        return len(self._own) + len(self._others)
+
+    @property
+    def _own(self) -> range:
+        return self.known.rungs(self.student.schedule.ladder)
+
+    @property
+    def _others(self) -> tuple[float, ...]:
+        """The sigmas of the other's Euler steps."""
+        ladder, own = self.student.schedule.ladder, self._own
+        many = euler_sigmas(self.teacher.steps, self.teacher.schedule.shift)
+        if own.start:
+            return tuple(sigma for sigma in many if sigma > ladder[own.start])
+        if own.stop == len(ladder):
+            return ()
+        change = ladder[own.stop]
+        return (change, *(sigma for sigma in many if sigma < change))
+
+    @torch.no_grad()
+    def __call__(
+        self, denoiser: Denoiser, text: TextEmbedding, negative: TextEmbedding, shape: Sequence[int], seed: int,
+        device: torch.device,
+    ) -> Tensor:  # fmt: skip
+        """As `Sampler`. denoiser: the student's expert."""
+        first, fresh = reference_noise(seed, shape, device)
+        text, schedule, renoise = text.expand(shape[0]), self.student.schedule, self.student.renoise
+        own, guidance = self._own, self.teacher.guidance
+        if own.start:
+            change = schedule.ladder[own.start]
+            x = sample_euler(self.other, first, text, negative, self._others, guidance, end=change)
+            return sample_few_step(denoiser, x, text, schedule, renoise, fresh, start_at=own.start)
+        x = sample_few_step(denoiser, first, text, schedule, renoise, fresh, stop_at=own.stop)
+        return sample_euler(self.other, x, text, negative, self._others, guidance) if self._others else x

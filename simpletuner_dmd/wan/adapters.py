@@ -62,6 +62,7 @@ class AdapterSwitch:
     def _attach(self, specs: dict[str, AdapterSpec], seed: int) -> None:
         """Adds the adapters, in fp32 and with gradients, none of them selected yet."""
         transformer = self.transformer
+        device = transformer.get_parameter("patch_embedding.weight").device  # a swapped block's weights are elsewhere
         network: Any = transformer  # a stock WanTransformer3DModel
         for name, spec in specs.items():
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -73,7 +74,7 @@ class AdapterSwitch:
             adapter = adapter_of(parameter_name, specs)
             parameter.requires_grad_(adapter is not None)
             if adapter is not None:
-                parameter.data = parameter.data.float()  # what trains is kept in fp32
+                parameter.data = parameter.data.to(device, torch.float32)  # what trains is kept in fp32
 
     def _apply(self, state: AdapterState) -> None:
         name, scale = state

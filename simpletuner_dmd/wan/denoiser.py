@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from simpletuner_dmd.flow import TIMESTEPS, Routing, TextEmbedding
 from simpletuner_dmd.wan.adapters import AdapterSwitch
+from simpletuner_dmd.wan.attention import kernel_of_pass
 from simpletuner_dmd.wan.runner import BlockRunner, Taps
 from simpletuner_dmd.wan.tread import Route, Router
 
@@ -62,9 +63,9 @@ class WanDenoiser:
         `routed` takes effect in train mode with gradients on, where the role has routes; nowhere else.
         """
         if routed is None or not (self.routes and self.transformer.training and torch.is_grad_enabled()):
-            return self._forward(x_t_BCFHW, sigma, text).float()
+            return self._forward(x_t_BCFHW, sigma, text, gradients=torch.is_grad_enabled()).float()
         with BlockRunner.of(self.transformer).asked(router=Router(self.routes, routed)):
-            return self._forward(x_t_BCFHW, sigma, text).float()
+            return self._forward(x_t_BCFHW, sigma, text, gradients=True).float()
 
     def features(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, blocks: Sequence[int]) -> list[Tensor]:
         """The outputs of the given blocks (counted from 0), [B, N, D] fp32 each; blocks after the last do not run.
@@ -77,28 +78,41 @@ class WanDenoiser:
             raise ValueError(f"features of blocks {list(blocks)}: choose from 0 to {self.depth - 1}")
         taps, graph = Taps(blocks), torch.is_grad_enabled()
         # The model calls the runner only while gradients are on.
-        with BlockRunner.of(self.transformer).asked(taps=taps, without_graph=not graph), torch.enable_grad():
-            self._forward(x_t_BCFHW, sigma, text)
+        asked = BlockRunner.of(self.transformer).asked(taps=taps, without_graph=not graph)
+        with asked, torch.enable_grad():
+            self._forward(x_t_BCFHW, sigma, text, gradients=graph)
         return [(feature if graph else feature.detach()).float() for feature in taps.features()]
 
     @property
     def _network(self) -> Any:
         return self.transformer  # a stock WanTransformer3DModel
 
-    def _forward(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding) -> Tensor:
+    @property
+    def _picture_channels(self) -> int:
+        """Input channels that describe a first picture, of a model made for that; 0 of a text-to-video model."""
+        return int(self._network.config.in_channels - self._network.config.out_channels)
+
+    def _forward(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, *, gradients: bool) -> Tensor:
         dtype = self.weight.dtype
         timestep = TIMESTEPS * sigma.float()  # a float in fp32: bf16 would round 981 to 980
         if timestep.ndim == 2:
             _, height, width = self.token_grid(x_t_BCFHW.shape[1:])
             timestep = timestep.repeat_interleave(height * width, dim=1)  # Wan takes one per token
-        with self._selected():
+        with self._selected(), kernel_of_pass(self.transformer, gradients):
             (velocity,) = self._network(
-                hidden_states=x_t_BCFHW.to(dtype),
+                hidden_states=self._without_picture(x_t_BCFHW.to(dtype)),
                 timestep=timestep,
                 encoder_hidden_states=text.expand(len(x_t_BCFHW)).rows_BLD.to(dtype),
                 return_dict=False,
             )
         return velocity
+
+    def _without_picture(self, x_t_BCFHW: Tensor) -> Tensor:
+        """As the network takes it: the mask says that no frame is given, and the picture's latents are 0."""
+        if not self._picture_channels:
+            return x_t_BCFHW
+        batch, _, *size = x_t_BCFHW.shape
+        return torch.cat([x_t_BCFHW, x_t_BCFHW.new_zeros(batch, self._picture_channels, *size)], dim=1)
 
     @contextmanager
     def _selected(self) -> Iterator[None]:

@@ -6,23 +6,41 @@ Latents are normalised by the VAE's own statistics, (z - mean) / std per channel
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.wan.loading import Storage, load_text_encoder, load_vae, vae_config
+from simpletuner_dmd.wan.offload import offload_in_groups
 from simpletuner_dmd.wan.sources import ModelSource
 
 
+def _nothing() -> None:
+    """No room has to be made."""
+
+
 class TextEncoder:
-    """UMT5 as a callable: prompts -> real rows of their embeddings."""
+    """UMT5 as a callable: prompts -> real rows of their embeddings.
+
+    make_room: called before it is loaded. group_offload: its layers visit the device one after the other.
+    """
 
     def __init__(
-        self, source: ModelSource, *, dtype: torch.dtype, storage: Storage, max_length: int, device: torch.device
+        self,
+        source: ModelSource,
+        *,
+        dtype: torch.dtype,
+        storage: Storage,
+        max_length: int,
+        device: torch.device,
+        make_room: Callable[[], None] = _nothing,
+        group_offload: bool = False,
     ) -> None:
         self.source, self.dtype, self.storage = source, dtype, storage
         self.max_length, self.device = max_length, device
+        self.make_room, self.group_offload = make_room, group_offload
         self._loaded: tuple[Any, nn.Module] | None = None
 
     @property
@@ -38,10 +56,7 @@ class TextEncoder:
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        if self._loaded is None:
-            tokenizer, encoder = load_text_encoder(self.source, self.dtype, self.storage)
-            self._loaded = tokenizer, encoder.to(self.device)
-        tokenizer, encoder = self._loaded
+        tokenizer, encoder = self._load()
         tokens = tokenizer(
             [prompt_clean(prompt) for prompt in prompts],
             padding="max_length",
@@ -55,21 +70,47 @@ class TextEncoder:
         rows = encoder(tokens.input_ids.to(self.device), mask).last_hidden_state
         return [row[:length].cpu().clone() for row, length in zip(rows, mask.sum(dim=1).tolist(), strict=True)]
 
+    def _load(self) -> tuple[Any, nn.Module]:
+        if self._loaded is None:
+            self.make_room()
+            tokenizer, encoder = load_text_encoder(self.source, self.dtype, self.storage)
+            if self.group_offload:
+                offload_in_groups(encoder, self.device)
+            else:
+                encoder.to(self.device)
+            self._loaded = tokenizer, encoder
+        return self._loaded
+
     def unload(self) -> None:
         self._loaded = None
         _free(self.device)
 
 
 class VideoCodec:
-    """Wan's VAE between pixels in [-1, 1] and normalised latents."""
+    """Wan's VAE between pixels in [-1, 1] and normalised latents.
 
-    def __init__(self, source: ModelSource, *, device: torch.device) -> None:
-        self.source, self.device = source, device
+    tiling: works on overlapping tiles of a frame. slicing: on one video of a batch at a time. make_room,
+    group_offload: as of TextEncoder.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        *,
+        device: torch.device,
+        tiling: bool = False,
+        slicing: bool = False,
+        make_room: Callable[[], None] = _nothing,
+        group_offload: bool = False,
+    ) -> None:
+        self.source, self.device, self.tiling, self.slicing = source, device, tiling, slicing
+        self.make_room, self.group_offload = make_room, group_offload
         self._vae: Any = None
 
     @property
     def fingerprint(self) -> str:
-        return f"wan-vae:{self.source.fingerprint('vae')}"
+        tiled = ":tiled" if self.tiling else ""  # the seams are blended, so the latents differ
+        return f"wan-vae:{self.source.fingerprint('vae')}{tiled}"
 
     @property
     def config(self) -> dict[str, Any]:
@@ -79,7 +120,17 @@ class VideoCodec:
     @property
     def vae(self) -> Any:
         if self._vae is None:
-            self._vae = load_vae(self.source).to(self.device)
+            self.make_room()
+            vae: Any = load_vae(self.source)
+            if self.tiling:
+                vae.enable_tiling()
+            if self.slicing:
+                vae.enable_slicing()
+            if self.group_offload:
+                offload_in_groups(vae, self.device)
+            else:
+                vae.to(self.device)
+            self._vae = vae
         return self._vae
 
     def _statistics(self) -> tuple[Tensor, Tensor]:

@@ -24,17 +24,8 @@ from simpletuner_dmd.wan.streaming import Merge, Precision, restore, stream, ten
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-PRECISION_KEYS = {"transformer": "base_model_precision", "text_encoder": "text_encoder_1_precision"}
 
-# Names that users know -> names of diffusers' attention dispatcher. None: PyTorch's own, the default.
-ATTENTION_BACKENDS = {
-    "diffusers": None,
-    "native": None,
-    "flash-attn-2": "flash",
-    "flash-attn-3": "_flash_3",
-    "flex": "flex",
-    "xformers": "xformers",
-}
+PRECISION_KEYS = {"transformer": "base_model_precision", "text_encoder": "text_encoder_1_precision"}
 
 
 @dataclass
@@ -200,6 +191,30 @@ def vae_config(source: ModelSource) -> dict[str, Any]:
     return defaults | _config(AutoencoderKLWan, source, "vae")
 
 
+def model_index(source: ModelSource) -> dict[str, Any]:
+    """model_index.json of the base; empty where the base is no pipeline."""
+    from diffusers import DiffusionPipeline
+
+    arguments = source.arguments("base")
+    arguments = {key: arguments[key] for key in ("pretrained_model_name_or_path", "revision") if key in arguments}
+    try:
+        return dict(DiffusionPipeline.load_config(**arguments))
+    except OSError:
+        return {}
+
+
+def text_encoder_config(source: ModelSource) -> dict[str, Any]:
+    """The text encoder's config.json, without its weights; empty where it cannot be had."""
+    from transformers import UMT5Config
+
+    arguments = source.arguments("text_encoder")
+    arguments.pop("variant", None)
+    try:
+        return dict(UMT5Config.get_config_dict(**arguments)[0])
+    except OSError:
+        return {}  # loading it says what is wrong, where it is needed at all
+
+
 def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
     arguments = source.arguments(part)
     arguments.pop("variant", None)
@@ -208,24 +223,3 @@ def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
         return dict(loader.load_config(path, **arguments))
     except OSError as error:
         raise source.not_loaded(part, str(error)) from error
-
-
-def choose_attention(transformer: nn.Module, mechanism: str) -> str | None:
-    """Sets the attention kernel; where it cannot run here, keeps PyTorch's own and returns a line that says so."""
-    if mechanism.startswith("sage"):
-        return (
-            f"attention_mechanism {mechanism}: SageAttention has no backward pass and teacher, student and critic "
-            "share their layers here, so PyTorch's attention is used"
-        )
-    backend = ATTENTION_BACKENDS[mechanism]
-    if backend is None:
-        return None
-    network: Any = transformer  # a stock WanTransformer3DModel
-    try:
-        network.set_attention_backend(backend)
-    except (ImportError, RuntimeError, ValueError) as error:
-        return (
-            f"attention_mechanism {mechanism} cannot run here ({str(error).splitlines()[0]}); "
-            "PyTorch's attention is used"
-        )
-    return None

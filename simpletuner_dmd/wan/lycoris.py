@@ -60,6 +60,10 @@ def with_layers(options: LycorisOptions, names: Sequence[str]) -> LycorisOptions
     return options.model_copy(update={"apply_preset": extended})
 
 
+PICTURE_LAYERS = ("add_k_proj", "add_v_proj", "image_embedder")
+"""Layers of a host that only ever see a picture's embedding, which no run here gives them."""
+
+
 class FloatWeight:
     """Stands for a layer where lycoris asks for its weight: the weight of now, in fp32 like the factors it meets."""
 
@@ -184,7 +188,11 @@ def _make_modules(transformer: nn.Module, spec: LycorisSpec) -> dict[str, Any]:
                 fix='choose another linear_dim, boft for attention alone ("apply_preset": {"target_module": '
                 '["WanAttention"]}), or "algo": "lokr"',
             ) from error
-    modules = {module.lora_name: module for module in network.loras}
+    modules = {
+        module.lora_name: module
+        for module in network.loras
+        if not any(part in module.lora_name for part in PICTURE_LAYERS)
+    }
     if not modules:
         raise UserError(
             f"no layer of the transformer is named: target_module {options.apply_preset.target_module}, "

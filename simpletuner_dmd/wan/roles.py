@@ -18,7 +18,7 @@ from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
 from simpletuner_dmd.wan.causal import Blocks, CausalWanDenoiser, Window
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.lycoris import CHILD, LycorisSpec, make_switch
-from simpletuner_dmd.wan.runner import BlockRunner
+from simpletuner_dmd.wan.runner import BlockRunner, Recompute
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ def build_roles(
     full: dict[str, nn.Module] | None = None,
     causal: CausalLayout | None = None,
     gradient_checkpointing: bool = False,
+    recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
     autocast: torch.dtype | None = None,
     seed: int = 0,
 ) -> Roles:
@@ -104,7 +105,8 @@ def build_roles(
 
     adapters: the roles that are LoRAs on the base. full: the roles that own a network. `autocast` is the compute dtype
     of full networks whose weights are fp32 masters; base forwards run in the base's own dtype. causal: the student
-    works block by block; whoever shares its network does not notice.
+    works block by block; whoever shares its network does not notice. gradient_checkpointing, recompute: whether and
+    which blocks run again in backward.
     """
 
     def role(name: str, network: nn.Module, switch: AdapterSwitch | None, cast: torch.dtype | None) -> WanDenoiser:
@@ -117,13 +119,13 @@ def build_roles(
     assert "student" in adapters.keys() | full.keys(), "every run has a student"
     assert not adapters.keys() & full.keys(), "a role is an adapter or a network of its own"
     switch = make_switch(base, dict(adapters), seed)
-    BlockRunner(base, switch, gradient_checkpointing)
+    BlockRunner(base, switch, gradient_checkpointing, recompute)
     base.train()
     denoisers = {name: role(name, base, switch, None) for name in adapters}
     parameters: dict[str, list[tuple[str, nn.Parameter]]] = {name: switch.named_parameters(name) for name in adapters}
     for name, network in full.items():
         network.requires_grad_(True).train()
-        BlockRunner(network, None, gradient_checkpointing)
+        BlockRunner(network, None, gradient_checkpointing, recompute)
         parameters[name] = list(network.named_parameters())
         denoisers[name] = role(name, network, None, autocast)
     order = sorted(denoisers, key=lambda name: name != "student")  # the student first, whoever owns a network

@@ -10,14 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from simpletuner_dmd.wan.adapters import AdapterSwitch
+from simpletuner_dmd.wan.swap import BlockSwap
 from simpletuner_dmd.wan.tread import Rotary, Router
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """Which blocks are run again in backward: every `interval`-th from the first, and all whose weights are swapped,
+    which would else stay on the device until then. offloaded: their inputs wait in host memory."""
+
+    interval: int = 1
+    offloaded: bool = False
 
 
 class Taps:
@@ -44,8 +56,15 @@ class BlockRunner:
     does not call the runner.
     """
 
-    def __init__(self, transformer: nn.Module, switch: AdapterSwitch | None, checkpointing: bool) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        switch: AdapterSwitch | None,
+        checkpointing: bool,
+        recompute: Recompute = Recompute(),  # noqa: B008 (frozen)
+    ) -> None:
         self.transformer, self.switch, self.checkpointing = transformer, switch, checkpointing
+        self.recompute = recompute
         self._router: Router | None = None
         self._taps: Taps | None = None
         self._without_graph = False
@@ -92,18 +111,29 @@ class BlockRunner:
         blocks: Any = self.transformer.blocks
         return next(index for index, candidate in enumerate(blocks) if candidate is block)
 
-    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+    def _recomputed(self, block: nn.Module) -> bool:
+        if not self.checkpointing or self.recompute.interval == 1:
+            return self.checkpointing
+        index, swap = self._index(block), BlockSwap.of(self.transformer)
+        return index % self.recompute.interval == 0 or (swap is not None and index in swap.indices)
+
+    def _run(self, block: nn.Module, x_BND: Tensor, *arguments: Any) -> Tensor:
         if self._without_graph:
             with torch.no_grad():
-                return block(*arguments)
-        if not self.checkpointing:
-            return block(*arguments)
-        if self.switch is None:
-            return checkpoint(block, *arguments, use_reentrant=False)
-        switch, state = self.switch, self.switch.state
+                return block(x_BND, *arguments)
+        if not self._recomputed(block):
+            return block(x_BND, *arguments)
+        switch = self.switch
+        state = None if switch is None else switch.state
 
-        def run(*inner: Any) -> Tensor:
+        def run(inner_BND: Tensor) -> Tensor:
+            if switch is None or state is None:
+                return block(inner_BND, *arguments)
             with switch.use(*state):
-                return block(*inner)
+                return block(inner_BND, *arguments)
 
-        return checkpoint(run, *arguments, use_reentrant=False)
+        if not self.recompute.offloaded:
+            return checkpoint(run, x_BND, use_reentrant=False)
+        # The tokens alone: text, modulation and rotary embedding are the same tensors for every block.
+        with save_on_cpu(pin_memory=x_BND.is_cuda):
+            return checkpoint(run, x_BND, use_reentrant=False)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.config.run_options import HUB_IDS, is_weight_file
+from simpletuner_dmd.config.run_options import is_weight_file
 from simpletuner_dmd.config.schema import TrainConfig
 
 BASE_KEY = "pretrained_model_name_or_path"
@@ -26,8 +26,8 @@ STEMS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_mod
 class ModelSource:
     """Where the parts of a model are: Hub ids, folders or single files, and the revision and variant of the base.
 
-    transformer_subfolder: None where the transformer lies in its folder itself. A single file says nothing of its
-    config, tokenizer or scheduler: these are the base's.
+    network: the subfolder of the transformer that is meant, of a model that has two; None where the transformer lies in
+    its folder itself. A single file says nothing of its config, tokenizer or scheduler: these are the base's.
     """
 
     base: str
@@ -36,12 +36,12 @@ class ModelSource:
     text_encoder: str
     revision: str | None = None
     variant: str | None = None
-    transformer_subfolder: str | None = "transformer"
+    network: str | None = "transformer"
 
     @classmethod
     def of(cls, config: TrainConfig) -> ModelSource:
         """What a folder lacks, or a single file cannot hold, comes from the flavour's own Hub repository."""
-        flavour = HUB_IDS[config.model_flavour]
+        flavour = config.flavour.hub_id
         named = config.pretrained_model_name_or_path
         base = flavour if is_weight_file(named) else named
         subfolder = config.pretrained_transformer_subfolder
@@ -56,11 +56,15 @@ class ModelSource:
             text_encoder=part(config.pretrained_t5_model_name_or_path, "text_encoder", "tokenizer"),
             revision=config.revision,
             variant=config.variant,
-            transformer_subfolder=None if subfolder.lower() == "none" else subfolder,
+            network=None if subfolder.lower() == "none" else subfolder,
         )
 
+    def other_expert(self, network: str) -> ModelSource:
+        """The base's other transformer; a path given for the transformer alone is that of the first."""
+        return replace(self, network=network, transformer=self.base)
+
     def subfolder(self, part: str) -> str | None:
-        return self.transformer_subfolder if part == "transformer" else part
+        return {"transformer": self.network, "base": None}.get(part, part)
 
     def home(self, part: str) -> str:
         """Where the part's config is: with its weights, or with the base where those are a single file."""
@@ -80,6 +84,13 @@ class ModelSource:
         if path == self.base:
             arguments |= {"revision": self.revision, "variant": self.variant}
         return {key: value for key, value in arguments.items() if value is not None}
+
+    def config_file(self, part: str) -> str:
+        """Where the part's config.json is, for a message."""
+        arguments = self.arguments(part)
+        return "/".join(
+            [arguments["pretrained_model_name_or_path"], *filter(None, [arguments.get("subfolder")]), "config.json"]
+        )
 
     def stock_arguments(self) -> dict[str, Any]:
         """As `arguments` for the transformer, or those of diffusers' `from_single_file`."""
@@ -172,7 +183,7 @@ def lacking(base: str, *folders: str) -> bool:
 
 def borrowed(config: TrainConfig) -> list[str]:
     """A sentence for each part that the base model lacks and the flavour's own repository gives."""
-    source, flavour, named = ModelSource.of(config), HUB_IDS[config.model_flavour], config.pretrained_model_name_or_path
+    source, flavour, named = ModelSource.of(config), config.flavour.hub_id, config.pretrained_model_name_or_path
     parts = [
         part
         for part in ("vae", "text_encoder")

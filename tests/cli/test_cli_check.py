@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from simpletuner_dmd.cli.main import main
+from simpletuner_dmd.wan.flavours import FLAVOURS, published_config
 from tests.support.videos import write_moving_square
 
 
@@ -100,3 +101,25 @@ def test_a_check_leaves_nothing_behind(home: Path) -> None:
     before = sorted(home.rglob("*"))
     assert main(["check"]) == 0
     assert sorted(home.rglob("*")) == before
+
+
+def test_a_model_of_another_flavour_is_refused_and_a_custom_one_is_said(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flavour = FLAVOURS["t2v-480p-14b-2.1"]
+    for part in ("transformer", "vae", "text_encoder", "tokenizer", "scheduler"):
+        (home / "model" / part).mkdir(parents=True)
+        config = published_config(flavour, part) if part in flavour.parts else {}
+        (home / "model" / part / "config.json").write_text(json.dumps(config))
+    configure(home, pretrained_model_name_or_path="model")
+    code, document = check_json(capsys)
+    (problem,) = document["problems"]
+    assert code == 2 and problem["key"] == "model_flavour"
+    assert "transformer/config.json: found num_layers 40, expected 30" in problem["message"]
+    assert '"model_flavour": "t2v-480p-14b-2.1"' in problem["fix"]
+    configure(home, pretrained_model_name_or_path="model", model_flavour="t2v-480p-14b-2.1")
+    assert check_json(capsys)[0] == 0
+    file = home / "model" / "transformer" / "config.json"
+    file.write_text(json.dumps(published_config(flavour, "transformer") | {"num_layers": 3}))
+    code, document = check_json(capsys)
+    assert code == 0 and any("a custom Wan (num_layers 3)" in notice for notice in document["notices"])

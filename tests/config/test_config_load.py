@@ -262,7 +262,17 @@ def test_unreadable_files(home: Path) -> None:
         ({"seed": 1.5}, "seed", "whole number"),
         ({"validation_resolution": "big"}, "validation_resolution", "WIDTHxHEIGHT"),
         ({"report_to": "swanlab"}, "report_to", "must be one of: wandb, tensorboard, trackio"),
-        ({"optimizer": "bnb-adamw8bit"}, "optimizer", "not available yet in this version"),
+        ({"base_model_precision": "int2-quanto"}, "base_model_precision", "not available yet in this version"),
+        ({"optimizer_config": "d0=1"}, "optimizer_config", "adamw_bf16 has no setting 'd0'"),
+        ({"optimizer": "prodigy", "optimizer_config": "d_coeff=1"}, "optimizer_config", "d_coef, growth_rate"),
+        ({"optimizer": "torch-muon", "optimizer_config": "nesterov=3"}, "optimizer_config", "true or false"),
+        ({"optimizer": "torch-muon", "optimizer_config": "ns_steps=2.5"}, "optimizer_config", "a whole number"),
+        ({"optimizer": "torch-muon", "optimizer_config": "lr=1"}, "optimizer_config", "use learning_rate"),
+        ({"optimizer": "torch-muon", "optimizer_config": "momentum"}, "optimizer_config", "pairs of name and value"),
+        ({"blocks_to_swap": 4, "compile": True}, "blocks_to_swap", "no fixed graph"),
+        ({"blocks_to_swap": 4, "gradient_checkpointing": False}, "blocks_to_swap", "stay on the device"),
+        ({"distillation_method": "self_forcing", "compile": True}, "compile", "another shape in each"),
+        ({"gradient_checkpointing_backend": "torch-ffn"}, "gradient_checkpointing_backend", "torch, offloaded"),
         ({"optimizer": "adamw_bf61"}, "optimizer", 'did you mean "adamw_bf16"?'),
         ({"lora_type": "lycori"}, "lora_type", 'did you mean "lycoris"?'),
         (
@@ -344,7 +354,7 @@ def test_a_full_critic_beside_a_quantised_base_is_refused(home: Path) -> None:
 
 
 def test_simpletuner_keys_that_are_off_or_cannot_change_the_training_are_only_mentioned(home: Path) -> None:
-    content = {"masked_loss_probability": 1, "offload_during_startup": True, "snr_gamma": 0}
+    content = {"masked_loss_probability": 1, "ramtorch": True, "snr_gamma": 0}
     notices = loaded(home, content).notices
     assert [notice.split()[0] for notice in notices][:3] == list(content)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from simpletuner_dmd.cli.main import VERBS, main
+from simpletuner_dmd.cli.wizard.given import WORDS
 from simpletuner_dmd.config import TrainConfig, load
 from simpletuner_dmd.config.layers import option_field
 
@@ -50,7 +51,8 @@ def test_a_documents_command_exists(path: Path, line: str) -> None:
             assert load(example=rest[rest.index("--example") + 1]).config
         for argument in rest:
             if "=" in argument and not argument.startswith("--"):
-                assert option_field(argument.split("=", 1)[0]) is not None, argument
+                key = argument.split("=", 1)[0]
+                assert option_field(key) is not None or (verb == "configure" and key in WORDS), argument
     elif program in ("python", ".venv/bin/python"):
         target = arguments[0] if arguments[0] != "-m" else arguments[1].replace(".", "/") + ".py"
         assert (ROOT / target).is_file()

@@ -153,9 +153,25 @@ def test_every_schedule_trains_and_warms_up(make_project: ProjectMaker, schedule
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["adamw_bf16", "optimi-adamw", "optimi-lion", "optimi-stableadamw", "optimi-adan", "optimi-ranger"],
+    [
+        "adamw_bf16",
+        "optimi-adamw",
+        "optimi-lion",
+        "optimi-stableadamw",
+        "optimi-adan",
+        "optimi-ranger",
+        "torch-muon",
+        "bnb-adamw8bit",
+        "bnb-lion-paged",
+        "prodigy",
+        "adafactor",
+    ],
 )
 def test_every_optimizer_trains_and_resumes(make_project: ProjectMaker, optimizer: str) -> None:
+    if optimizer.startswith("bnb-"):
+        pytest.importorskip("bitsandbytes", reason="an extra")
+    if optimizer == "prodigy":
+        pytest.importorskip("prodigyopt", reason="an extra")
     project = make_project(optimizer=optimizer, max_train_steps=4, checkpoint_step_interval=2)
     assert project.train() == 0
     before = project.trained("student")

@@ -60,7 +60,7 @@ def test_right_files_are_well_within_the_limit_and_wrong_ones_beyond(
     lora, text, latents = student
     export_lora(tmp_path, lora, rank=RANK, alpha=RANK * strength, info=make_info())
     result = check_export(
-        stock_pipeline(demo_wan(), (8, 4), "cpu"), tmp_path, prompt_embeds=text, shape=SHAPE, seed=SEED,
+        stock_pipeline(demo_wan(), None, (8, 4), "cpu"), tmp_path, prompt_embeds=text, shape=SHAPE, seed=SEED,
         reference_latents=latents, sigmas=SDE3.ladder, shift=SDE3.shift, renoise="sde", max_sequence_length=16,
     )  # fmt: skip
     assert low < result.relative_error < high, result.message

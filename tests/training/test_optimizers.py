@@ -1,23 +1,42 @@
+import json
 import logging
+import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch.nn import Parameter
 
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.config.optimizer_options import SETTINGS, OptimizerName
+from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.training.adamw_bf16 import AdamWBF16, join_master, split_master
-from simpletuner_dmd.training.optimizers import OPTIMIZERS, build_optimizer
+from simpletuner_dmd.training.muon import MuonWithAdamW
+from simpletuner_dmd.training.optimizers import BUILDERS, LIBRARIES, OPTIMIZERS, build_optimizer, check_runs_here
 from simpletuner_dmd.training.packing import pack, unpack
+from simpletuner_dmd.training.schedules import build_schedule
 
 OPTIMI = [name for name in OPTIMIZERS if name.startswith("optimi")]
 BF16 = ["adamw_bf16", *OPTIMI]
 CASES = [(name, torch.float32) for name in OPTIMIZERS] + [(name, torch.bfloat16) for name in BF16]
 
 
-@pytest.fixture(autouse=True)
-def _needs_optimi(request):
-    if "optimi" in request.node.name:
-        pytest.importorskip("optimi", reason="torch-optimi is an extra")
+MATRIX = "blocks.0.attn1.to_q.lora_A.weight"
+
+
+def needs(name):
+    """Skips where the library of an optimizer is not installed."""
+    for beginning, (module, package) in LIBRARIES.items():
+        if name.startswith(beginning):
+            pytest.importorskip(module, reason=f"{package} is an extra")
+
+
+@pytest.fixture
+def uncompiled():
+    """torchao's own update without the half minute that compiling it takes."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 def weights(dtype, count=512, seed=0):
@@ -108,12 +127,20 @@ def test_mixed_dtypes_and_missing_gradients():
     assert idle not in optimizer.state
 
 
+def rate_of(name, lr):
+    """prodigy's is a factor of the rate that it finds, which starts at 1e-6 and needs some steps to grow."""
+    return 1.0 if name == "prodigy" else lr
+
+
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_lowers_a_quadratic(name, dtype):
-    parameter = Parameter(torch.linspace(0.5, 1.0, 32).to(dtype))
-    optimizer = build_optimizer(name, [("w", parameter)], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)
+def test_lowers_a_quadratic(name, dtype, uncompiled):
+    needs(name)
+    parameter = Parameter(torch.linspace(0.5, 1.0, 32).view(4, 8).to(dtype))
+    lr = rate_of(name, 1e-2)
+    optimizer = build_optimizer(name, [(MATRIX, parameter)], lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     losses = []
-    for _ in range(60):  # ranger's rectified rate takes the first dozens slowly
+    # ranger's rectified rate takes the first dozens slowly; muon's step is 0.2 of AdamW's on a matrix of equal signs
+    for _ in range(200 if name in ("prodigy", "torch-muon") else 60):
         loss = parameter.float().square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -123,36 +150,46 @@ def test_lowers_a_quadratic(name, dtype):
 
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_state_round_trip_goes_on_with_the_same_bits(name, dtype):
-    """Through what a checkpoint stores, with several parameters, into an optimizer that was just built."""
+def test_state_round_trip_goes_on_with_the_same_bits(name, dtype, uncompiled):
+    """Through what a checkpoint stores, with several parameters, into an optimizer that was just built; the schedule
+    as well, which sets the rates that the loaded state brings."""
+    needs(name)
+    size = 4096  # from here on 8- and 4-bit state is quantised
 
     def build():
-        pairs = [(f"w{index}", weights(dtype, 64, index)) for index in range(3)]
-        return dict(pairs), build_optimizer(name, pairs, lr=1e-3, betas=(0.9, 0.99))
+        pairs = [(f"blocks.{index}.to_q.lora_A.weight", weights(dtype, size, index)) for index in range(2)]
+        pairs = [(key, Parameter(value.detach().view(64, 64))) for key, value in pairs]
+        pairs.append(("proj_out.bias", weights(dtype, size, 9)))
+        optimizer = build_optimizer(name, pairs, lr=rate_of(name, 1e-3), betas=(0.9, 0.99))
+        return dict(pairs), optimizer, build_schedule("cosine", optimizer, updates=20, warmup=3)
 
-    def advance(params, optimizer, source, number):
+    def advance(params, optimizer, schedule, source, number):
         for _ in range(number):
             for parameter in params.values():
-                parameter.grad = next(source).to(dtype)
+                parameter.grad = next(source).view(parameter.shape).to(dtype)
             optimizer.step()
+            schedule.step()
 
-    straight, optimizer = build()
-    source = gradients(64)
-    advance(straight, optimizer, source, 7)
-    document, tensors = pack(optimizer.state_dict())
+    straight, optimizer, schedule = build()
+    source = gradients(size)
+    advance(straight, optimizer, schedule, source, 7)
+    document, tensors = pack([optimizer.state_dict(), schedule.state_dict()])
+    document = json.loads(json.dumps(document, allow_nan=False))
     saved = unpack(document, {key: value.clone() for key, value in tensors.items()})
     values = {key: value.detach().clone() for key, value in straight.items()}
-    advance(straight, optimizer, source, 7)
+    advance(straight, optimizer, schedule, source, 7)
 
-    resumed, again = build()
+    resumed, again, its_schedule = build()
     with torch.no_grad():
         for key, value in values.items():
             resumed[key].copy_(value)
-    again.load_state_dict(saved)
-    source = gradients(64)
+    again.load_state_dict(saved[0])
+    its_schedule.load_state_dict(saved[1])
+    source = gradients(size)
     for _ in range(7 * 3):
         next(source)
-    advance(resumed, again, source, 7)
+    advance(resumed, again, its_schedule, source, 7)
+    assert all(not torch.equal(straight[key], values[key]) for key in straight)
     for key in straight:
         assert torch.equal(straight[key], resumed[key])
     before, after = pack(optimizer.state_dict())[1], pack(again.state_dict())[1]
@@ -196,9 +233,206 @@ def test_refusals_say_what_to_use(monkeypatch):
         build_optimizer("optimi-loin", pairs, lr=1e-6)
     with pytest.raises(UserError, match="float16"):
         build_optimizer("adamw_bf16", [("w", weights(torch.float16))], lr=1e-6)
-    monkeypatch.setitem(__import__("sys").modules, "optimi", None)
-    with pytest.raises(UserError, match="pip install torch-optimi"):
-        build_optimizer("optimi-adamw", pairs, lr=1e-6)
+    with pytest.raises(UserError, match="nothing that trains here is one"):
+        build_optimizer("torch-muon", [("blocks.0.norm", weights(torch.float32))], lr=1e-6)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_library_that_is_missing_is_named(name, monkeypatch):
+    """Without an import, so that `check` can say it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
+    package = next((package for beginning, (_, package) in LIBRARIES.items() if name.startswith(beginning)), None)
+    expected = nullcontext() if package is None else pytest.raises(UserError, match=f"pip install {package}, or use")
+    with expected:
+        check_runs_here(name, torch.device("cpu"))
+
+
+def test_torchao_needs_a_compiler(monkeypatch):
+    needs("ao-")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda command: None)
+    with pytest.raises(UserError, match="no C\\+\\+ compiler(.|\n)*bnb-adamw8bit"):
+        check_runs_here("ao-adamw8bit", torch.device("cpu"))
+
+
+def test_the_schema_names_what_can_be_built():
+    assert set(OptimizerName.__args__) == set(BUILDERS) and SETTINGS.keys() <= BUILDERS.keys()
+
+
+# --- settings of their own --------------------------------------------------------------------------------------------
+
+EXAMPLES = {
+    "torch-adamw": ("amsgrad=true", {"amsgrad": True}),
+    "torch-muon": ("momentum=0.8,nesterov=no,ns_steps=3", {"momentum": 0.8, "nesterov": False, "ns_steps": 3}),
+    "optimi-ranger": ("k=3, alpha=0.25", {"k": 3, "alpha": 0.25}),
+    "prodigy": ("d0=1e-5,d_coef=2,safeguard_warmup=true", {"d0": 1e-5, "d_coef": 2.0, "safeguard_warmup": True}),
+    "adafactor": ("beta1=0.9,scale_parameter=true", {"beta1": 0.9, "scale_parameter": True}),
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_settings_reach_the_library(name):
+    needs(name)
+    written, expected = EXAMPLES[name]
+    config = TrainConfig(optimizer=name, optimizer_config=written)
+    assert config.optimizer_settings == expected
+    pair = (MATRIX, Parameter(torch.ones(4, 4)))
+    group = build_optimizer(name, [pair], lr=1e-3, settings=config.optimizer_settings).param_groups[0]
+    assert {key: group[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"), [("bnb-adamw8bit", "min_8bit_size=100"), ("ao-adamw8bit", "block_size=64")]
+)
+def test_sizes_of_quantised_state_reach_the_library(name, setting, uncompiled):
+    needs(name)
+    settings = TrainConfig(optimizer=name, optimizer_config=setting).optimizer_settings
+    count = 256 if name.startswith("bnb") else 4096
+    parameter = Parameter(torch.ones(count))
+    optimizer = build_optimizer(name, [("w", parameter)], lr=1e-3, settings=settings)
+    steps(optimizer, parameter, 1, gradients(count))
+    state = optimizer.state[parameter]
+    if name.startswith("bnb"):
+        assert state["state1"].dtype == torch.uint8
+    else:
+        assert state["exp_avg"].block_size == 64
+
+
+@pytest.mark.parametrize("setting", [(name, key) for name, kinds in SETTINGS.items() for key in kinds], ids="-".join)
+def test_every_setting_is_an_argument_of_its_library(setting):
+    name, key = setting
+    needs(name)
+    value = {bool: True, int: 64, float: 0.5}[SETTINGS[name][key]]
+    build_optimizer(name, [(MATRIX, Parameter(torch.ones(4, 4)))], lr=1e-3, settings={key: value})
+
+
+# --- what is special about one of them --------------------------------------------------------------------------------
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    shapes = {
+        "blocks.0.attn1.to_q.lora_A.weight": (4, 48), "blocks.0.attn1.to_q.lora_B.weight": (48, 4),
+        "lycoris_blocks_0_attn1_to_q.lokr_w2": (4, 4), "blocks.1.ffn.net.0.proj.weight": (64, 48),
+        "blocks.0.norm2.weight": (48,), "blocks.0.scale_shift_table": (1, 6, 48), "proj_out.weight": (16, 48),
+        "condition_embedder.time_proj.lora_A.weight": (4, 48), "patch_embedding.weight": (48, 4, 1, 2, 2),
+        "discriminator.head.weight": (4, 4),
+    }  # fmt: skip
+    pairs = [(name, Parameter(torch.randn(shape))) for name, shape in shapes.items()]
+    optimizer = build_optimizer("torch-muon", pairs, lr=1e-3)
+    assert isinstance(optimizer, MuonWithAdamW)
+    names = {id(parameter): name for name, parameter in pairs}
+    muon, adamw = ({names[id(p)] for group in part.param_groups for p in group["params"]} for part in optimizer.parts)
+    assert muon == set(list(shapes)[:4]) and adamw == set(list(shapes)[4:])
+
+
+def test_muon_orthogonalises_and_steps_as_far_as_adamw():
+    matrix = Parameter(torch.zeros(64, 48))
+    optimizer = build_optimizer("torch-muon", [(MATRIX, matrix)], lr=1e-2, weight_decay=0.0)
+    noise = torch.randn(64, 48, generator=torch.Generator().manual_seed(0))
+    matrix.grad = noise @ torch.diag(torch.logspace(-0.3, 0.3, 48))
+    optimizer.step()
+    before, after = torch.linalg.svdvals(matrix.grad), torch.linalg.svdvals(matrix.detach())
+    assert before.max() / before.min() > 15 and after.max() / after.min() < 4
+    assert 0.1 * 1e-2 < matrix.detach().square().mean().sqrt() < 0.4 * 1e-2
+
+
+def test_a_schedule_moves_both_parts_of_muon():
+    pairs = [(MATRIX, Parameter(torch.ones(4, 4))), ("proj_out.bias", Parameter(torch.ones(4)))]
+    optimizer = build_optimizer("torch-muon", pairs, lr=1e-3)
+    schedule = build_schedule("linear", optimizer, updates=10)
+    for _ in range(5):
+        for _, parameter in pairs:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        schedule.step()
+    rates = [group["lr"] for part in optimizer.parts for group in part.param_groups]
+    assert rates == pytest.approx([5e-4, 5e-4])
+
+
+@pytest.mark.parametrize("name", ["bnb-adamw8bit", "ao-adamw8bit", "ao-adamw4bit"])
+def test_quantised_state_is_small_and_goes_where_adamw_goes(name, uncompiled):
+    needs(name)
+    reference, parameter = weights(torch.float32, 8192), weights(torch.float32, 8192)
+    start = reference.detach().clone()
+    steps(torch.optim.AdamW([reference], lr=1e-4, weight_decay=0.01), reference, 20, gradients(8192))
+    optimizer = build_optimizer(name, [("w", parameter)], lr=1e-4)
+    steps(optimizer, parameter, 20, gradients(8192))
+    moved, wanted = parameter.detach() - start, reference.detach() - start
+    assert torch.cosine_similarity(moved, wanted, dim=0) > 0.98
+    tensors = pack(optimizer.state_dict())[1]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) < 8192 * 2.5 + 4096
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_document_says_what_state_takes(name, uncompiled):
+    """Bytes per parameter of a matrix, against the table of documentation/MEMORY.md."""
+    needs(name)
+    documented = {
+        "adamw_bf16": 8, "torch-adamw": 8, "torch-muon": 4, "optimi-adamw": 8, "optimi-stableadamw": 8,
+        "optimi-lion": 4, "optimi-adan": 16, "optimi-ranger": 12, "bnb-adamw": 8, "bnb-lion": 4, "bnb-adamw8bit": 2,
+        "bnb-lion8bit": 1, "ao-adamw8bit": 2, "ao-adamw4bit": 1, "prodigy": 16, "adafactor": 0.03,
+    }  # fmt: skip
+    matrix = Parameter(torch.ones(256, 256))
+    optimizer = build_optimizer(name, [(MATRIX, matrix)], lr=1e-3)
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    tensors = pack(optimizer.state_dict())[1].values()
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / matrix.numel()
+    assert taken == pytest.approx(documented[name.removesuffix("-paged")], abs=0.13)
+
+
+def test_a_new_lora_moves_under_adafactor():
+    """By itself it scales the rate by each weight's size, and a LoRA's second factor starts at 0."""
+    zeros = Parameter(torch.zeros(48, 4))
+    optimizer = build_optimizer("adafactor", [("w", zeros)], lr=1e-3)
+    for gradient, _ in zip(gradients(192), range(10), strict=False):
+        zeros.grad = gradient.view(48, 4)
+        optimizer.step()
+    assert zeros.detach().abs().mean() > 3e-3
+
+
+def test_paged_state_needs_a_gpu(recwarn):
+    needs("bnb-")
+    parameter = weights(torch.float32, 4096)
+    optimizer = build_optimizer("bnb-adamw-paged", [("w", parameter)], lr=1e-3)
+    steps(optimizer, parameter, 1, gradients(4096))
+    assert not [warning for warning in recwarn if "paged" in str(warning.message).lower()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ao-adamw8bit", "ao-adamw4bit"])
+def test_torchao_compiles_here(name):
+    needs(name)
+    compiled, plain = weights(torch.float32, 4096), weights(torch.float32, 4096)
+    optimizer = build_optimizer(name, [("w", compiled)], lr=1e-3)
+    steps(optimizer, compiled, 3, gradients(4096))
+    torch.compiler.set_stance("force_eager")
+    try:
+        steps(build_optimizer(name, [("w", plain)], lr=1e-3), plain, 3, gradients(4096))
+    finally:
+        torch.compiler.set_stance("default")
+    assert torch.allclose(compiled, plain, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["bnb-adamw8bit-paged", "bnb-lion8bit-paged", "bnb-adamw-paged", "ao-adamw8bit"])
+def test_on_a_gpu(name):
+    needs(name)
+    parameter = Parameter(weights(torch.float32, 8192).detach().cuda())
+    optimizer = build_optimizer(name, [("w", parameter)], lr=1e-3)
+    before = parameter.detach().clone()
+    source = gradients(8192)
+    for _ in range(3):
+        parameter.grad = next(source).cuda()
+        optimizer.step()
+    saved = unpack(*pack(optimizer.state_dict()))
+    again = build_optimizer(name, [("w", Parameter(parameter.detach().clone()))], lr=1e-3)
+    again.load_state_dict(saved)
+    twin = again.param_groups[0]["params"][0]
+    twin.grad = parameter.grad = next(source).cuda()
+    optimizer.step()
+    again.step()
+    assert torch.equal(twin, parameter) and not torch.equal(parameter, before)
 
 
 def test_optimi_warns_of_a_second_moment_that_cannot_fall(caplog):

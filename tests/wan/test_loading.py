@@ -107,12 +107,12 @@ def as_part_without_subfolder(folder: Path) -> dict[str, Any]:
     shutil.copytree(DEMO / "transformer", folder / "part" / "transformer")
     shutil.copytree(DEMO / "transformer", folder / "part", dirs_exist_ok=True)
     (folder / "part" / "transformer" / "config.json").write_text("{")
-    return {"transformer": str(folder / "part"), "transformer_subfolder": None}
+    return {"transformer": str(folder / "part"), "network": None}
 
 
 def as_other_subfolder(folder: Path) -> dict[str, Any]:
     shutil.copytree(DEMO / "transformer", folder / "step-1000")
-    return {"transformer": str(folder), "transformer_subfolder": "step-1000"}
+    return {"transformer": str(folder), "network": "step-1000"}
 
 
 def as_file(prefix: str, rename: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], dict[str, Any]]:
@@ -274,7 +274,7 @@ def test_what_a_base_lacks_comes_from_the_flavours_own_repository(tmp_path: Path
 
 def test_the_subfolder_follows_the_flavour_and_the_option() -> None:
     def subfolder(**options: Any) -> str | None:
-        return ModelSource.of(TrainConfig(**options)).transformer_subfolder
+        return ModelSource.of(TrainConfig(**options)).network
 
     assert subfolder() == "transformer"
     assert subfolder(model_flavour="t2v-14b-2.2-low") == "transformer_2"

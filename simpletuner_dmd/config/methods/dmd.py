@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from simpletuner_dmd.config.errors import Problem
+from simpletuner_dmd.config.flavours import flavour_of
 from simpletuner_dmd.config.methods.base import TIMESTEPS, WHERE, RunOptions
 from simpletuner_dmd.config.methods.matching import MatchingOptions
 
@@ -19,9 +20,12 @@ class DmdConfig(MatchingOptions):
 
     title: ClassVar[str] = "DMD"
 
-    rollout: Literal["simulate", "data_latent"] = Field(
+    rollout: Literal["simulate", "data_latent", "handover"] = Field(
         "simulate",
-        description="Where the student's input comes from: its own steps from pure noise, or your videos with noise.",
+        description="Where the student's input comes from: `simulate` its own steps from pure noise; `data_latent` "
+        "your videos with noise; `handover` its own steps from latents noised to its first one, for the low-noise "
+        "expert of two: latents that the high-noise expert made (`simpletuner synthesise --handover`), or videos. "
+        "Default: `simulate`, for `t2v-14b-2.2-low` `handover`.",
     )
     last_step_only: bool = Field(False, description="Always trains the last student step instead of a random one.")
     regression_steps: int = Field(
@@ -37,14 +41,23 @@ class DmdConfig(MatchingOptions):
         0.0, ge=0, lt=TIMESTEPS, description="Noise on the finished blocks, as a timestep. Block-wise students only."
     )
 
+    @classmethod
+    def complete(cls, given: dict[str, Any], outside: dict[str, Any]) -> dict[str, Any]:
+        given = super().complete(given, outside)
+        if flavour_of(outside.get("model_flavour", "")).expert == "low":
+            given.setdefault("rollout", "handover")
+        return given
+
     @property
     def needs_latents(self) -> bool:
-        return self.rollout == "data_latent" or super().needs_latents
+        return self.rollout != "simulate" or super().needs_latents
 
     @property
     def latents_are_for(self) -> tuple[str, str] | None:
         if self.rollout == "data_latent":
             return 'rollout "data_latent"', 'set "rollout": "simulate"'
+        if self.rollout == "handover":
+            return 'rollout "handover"', "make latents with simpletuner synthesise --handover"
         return super().latents_are_for
 
     @property

@@ -1,0 +1,1 @@
+"""The questions of `simpletuner configure`, and the draft of the files that the answers become."""
