@@ -333,7 +333,7 @@ def test_the_host_never_holds_the_dense_model() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert found["shards"] >= 4 and found["dense"] > 1.9 * found["quantised"]
+    assert found["shards"] >= 4 and found["dense"] > 1.75 * found["quantised"]
     for way in ("streamed", "cached"):
         assert found[way]["peak"] <= found["limit"], way
     assert found["from_pretrained"]["peak"] > found["limit"], "the measure does not see a dense model"
