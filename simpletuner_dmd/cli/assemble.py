@@ -38,14 +38,7 @@ from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.experts import known_noise
 from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
-from simpletuner_dmd.wan.loading import (
-    DTYPES,
-    Storage,
-    load_transformer,
-    model_index,
-    text_encoder_config,
-    transformer_config,
-)
+from simpletuner_dmd.wan.loading import DTYPES, Storage, load_transformer, model_configs
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
 from simpletuner_dmd.wan.offload import offload_in_groups
 from simpletuner_dmd.wan.parity import Probe
@@ -87,19 +80,7 @@ class Assembly:
     @cached_property
     def _described(self) -> tuple[ModelConfigs, str | None]:
         """The configs of the model, and a line where it is a custom Wan. A UserError where it is another flavour."""
-        source = self.source
-        described = ModelConfigs(
-            transformer=transformer_config(source),
-            vae=self.codec.config,
-            text_encoder=text_encoder_config(source),
-            index=model_index(source),
-            names={
-                "transformer": source.config_file("transformer"),
-                "vae": source.config_file("vae"),
-                "text_encoder": source.config_file("text_encoder"),
-                "index": f"{source.base}/model_index.json",
-            },
-        )
+        described = model_configs(self.source)
         return described, check_fit(self.config.flavour, described)
 
     @cached_property

@@ -16,6 +16,7 @@ from torch import nn
 
 from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.wan.checkpoints import Checkpoint
+from simpletuner_dmd.wan.fit import ModelConfigs
 from simpletuner_dmd.wan.model_cache import Entry
 from simpletuner_dmd.wan.parity import Parity, Probe
 from simpletuner_dmd.wan.schemes import SCHEMES, scheme_problem
@@ -213,6 +214,18 @@ def text_encoder_config(source: ModelSource) -> dict[str, Any]:
         return dict(UMT5Config.get_config_dict(**arguments)[0])
     except OSError:
         return {}  # loading it says what is wrong, where it is needed at all
+
+
+def model_configs(source: ModelSource) -> ModelConfigs:
+    """What the model says about itself, without any weights."""
+    parts = ("transformer", "vae", "text_encoder")
+    return ModelConfigs(
+        transformer=transformer_config(source),
+        vae=vae_config(source),
+        text_encoder=text_encoder_config(source),
+        index=model_index(source),
+        names={**{part: source.config_file(part) for part in parts}, "index": f"{source.base}/model_index.json"},
+    )
 
 
 def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
