@@ -51,6 +51,8 @@ BITSANDBYTES = (
     "platform_machine == 'aarch64')) or platform_system == 'Windows'"
 )
 
+OPTIMIZERS = [BITSANDBYTES, "torchao>=0.17,<0.19", "prodigyopt>=1.1,<2"]
+
 EXTRAS = {
     "cuda": [BITSANDBYTES],
     "rocm": [],
@@ -62,12 +64,13 @@ EXTRAS = {
     "trackio": ["trackio>=0.5,<1"],
     # Each is behind some names of `optimizer` and nothing else: 8-bit and paged state (bitsandbytes also runs on CPUs),
     # 8- and 4-bit state compiled for any device, and a learning rate that finds itself.
-    "optimizers": [BITSANDBYTES, "torchao>=0.17,<0.19", "prodigyopt>=1.1,<2"],
+    "optimizers": OPTIMIZERS,
     # Parquet is what Hub datasets and large caption tables are stored in; most runs need neither.
     "parquet": [PYARROW],
     # Datasets in S3-compatible stores; brings botocore, which is larger than this tool.
     "s3": [S3FS],
     # moto is a real S3 server on loopback, for the tests of such datasets; pexpect a real terminal, pyte its screen.
+    # The optimizers, because each name is run for real where the machine can.
     "dev": [
         "pytest>=8.3,<10",
         "ruff>=0.15,<0.18",
@@ -77,6 +80,7 @@ EXTRAS = {
         "pyte>=0.8,<1",
         PYARROW,
         S3FS,
+        *OPTIMIZERS,
     ],  # fmt: skip
 }
 

@@ -36,12 +36,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from simpletuner_dmd.cli.assemble import Assembly
-from simpletuner_dmd.cli.saved import open_checkpoint, open_run, student_of
+from simpletuner_dmd.cli.saved import SavedStudent, open_checkpoint, open_run
 from simpletuner_dmd.demo import measures, shapes
 from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.durable import write_json, write_text, write_through
 from simpletuner_dmd.flow import Denoiser, TextEmbedding, euler_sigmas, sample_euler
 from simpletuner_dmd.randomness import RandomStream, derive_seed, generator
+from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.validation.sampling import Sampler
 from simpletuner_dmd.wan.roles import Roles
 
@@ -253,18 +254,20 @@ def measure(folder: Path, samples: int, seeds: int, cache: Path) -> dict[str, An
 
     state = open_checkpoint(folder, "latest")
     fresh, _ = assembly.roles()
-    with student_of(assembly, state, raw=False) as (roles, _), evaluating(roles):
+    saved = SavedStudent(assembly, state, raw=False)
+    roles = saved.roles
+    with saved.best(), evaluating(roles):
         for seed in range(seeds):
             reference = world.teachers(roles.teacher, 2 * seed, guidance)
             other = world.teachers(roles.teacher, 2 * seed + 1, guidance)
             student = world.students(assembly.student_sampler, assembly.sampled_student(roles), 2 * seed + 1)
             plain = world.students(*undistilled(assembly, fresh), 2 * seed + 1)
             note(
-                distance=measures.energy_distance(student, reference),
-                undistilled=measures.energy_distance(plain, reference),
-                floor=measures.energy_distance(other, reference),
-                to_data=measures.energy_distance(student, data),
-                teacher_to_data=measures.energy_distance(other, data),
+                distance=energy_distance(student, reference),
+                undistilled=energy_distance(plain, reference),
+                floor=energy_distance(other, reference),
+                to_data=energy_distance(student, data),
+                teacher_to_data=energy_distance(other, data),
             )
             for who, latents in (("student", student), ("teacher", other)):
                 note(**{f"{who}_{name}": value for name, value in

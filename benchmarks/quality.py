@@ -41,6 +41,7 @@ from simpletuner_dmd.demo import measures, shapes
 from simpletuner_dmd.durable import write_json, write_through
 from simpletuner_dmd.flow import Schedule, TextEmbedding, euler_sigmas, guidance_is_off, sample_euler, sample_few_step
 from simpletuner_dmd.randomness import derive_seed, generator
+from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.loading import Storage, load_transformer
@@ -285,7 +286,7 @@ def measure_seed(
         ("floor", teacher_steps * per_step, floor),
     ]
     with bench.timed("distances"):
-        found = [(name, forwards, measures.energy_distance(latents, reference)) for name, forwards, latents in sets]
+        found = [(name, forwards, energy_distance(latents, reference)) for name, forwards, latents in sets]
     return found, {"teacher": floor, "student": student}
 
 

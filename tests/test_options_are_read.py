@@ -21,6 +21,7 @@ ANSWERED_AT_START = set(BLOCK_KEYS)
 # Options that the config room itself turns into something, and the file that reads them.
 READ_IN_CONFIG = {
     "strict_epoch_limit": "rules.py",
+    "evaluation_type": "rules.py",
     "student_steps": "methods/base.py",
     "dmd_denoising_steps": "methods/base.py",
     "warp_denoising_steps": "methods/base.py",

@@ -11,30 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simpletuner_dmd.cli.algorithm import method_of
 from simpletuner_dmd.cli.other_expert import Partner, partner_of
 from simpletuner_dmd.cli.starting import TeacherMerge
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.memory_rules import depth_problems, offloads_teacher
-from simpletuner_dmd.config.methods import MatchingOptions
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import depth_of, routed_roles
 from simpletuner_dmd.data.batches import PreparedData
 from simpletuner_dmd.data.buckets import LatentGeometry
 from simpletuner_dmd.data.doctor import Vae
 from simpletuner_dmd.data.prepare import Caches, fill_caches, prepare
-from simpletuner_dmd.distill import builder
-from simpletuner_dmd.distill.discriminator import VideoHead, default_blocks
-from simpletuner_dmd.distill.feature_adversary import FeatureHeads
-from simpletuner_dmd.distill.method import Ingredients, Method
+from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
 from simpletuner_dmd.publish.info import base_name
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
+from simpletuner_dmd.validation.solvers import SkipLayers
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, DEFAULT_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.causal import Window
 from simpletuner_dmd.wan.compiling import compile_blocks, why_not_compiled
-from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.experts import known_noise
 from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
@@ -134,10 +131,7 @@ class Assembly:
         self, *, quantised: bool = True, swapped: bool = False, lines: list[str] | None = None
     ) -> nn.Module:
         """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device; swapped: but for
-        the blocks that the run keeps on the host.
-
-        lines: takes what there is to say about it.
-        """
+        the blocks that the run keeps on the host. lines: takes what there is to say about it."""
         config = self.config
         storage = self.storage(config.base_model_precision) if quantised else Storage()
         if lines is not None:
@@ -316,9 +310,47 @@ class Assembly:
     def student_sampler(self) -> Sampler:
         config = self.config
         if not self.schedule.ladder:
-            steps, guidance = config.validation_num_inference_steps, config.validation_guidance
-            return Sampler(self.schedule, "ode", steps, guidance, self.block_sampling)
+            return self._solver(config.validation_num_inference_steps, config.validation_guidance, self.block_sampling)
         return Sampler(self.schedule, config.distillation.transition, guidance=1.0, blocks=self.block_sampling)
+
+    @property
+    def validation_sampler(self) -> Sampler:
+        """How validation renders the student: as it is trained to be sampled, unless the options ask for a solver."""
+        config = self.config
+        if config.validation_noise_scheduler == "few-step" or not self.schedule.ladder:
+            return self.student_sampler
+        return self._solver(config.validation_num_inference_steps, config.validation_guidance, None)
+
+    def _solver(self, steps: int, guidance: float, blocks: BlockSampling | None) -> Sampler:
+        """A stock solver with the guidance of the validation options."""
+        config = self.config
+        return Sampler(
+            Schedule(self.schedule.shift), "ode", steps, guidance, blocks,
+            solver=config.validation_noise_scheduler, rescale=config.validation_guidance_rescale,
+            skip=self._skip if config.distillation_config is None else None,
+        )  # fmt: skip
+
+    @property
+    def _skip(self) -> SkipLayers | None:
+        """Skip-layer guidance with blocks counted from 0; a UserError where the model does not have them."""
+        config, depth = self.config, depth_of(self.network)
+        if not config.validation_guidance_skip_layers:
+            return None
+        blocks = [block + depth if block < 0 else block for block in config.validation_guidance_skip_layers]
+        if any(not 0 <= block < depth for block in blocks):
+            key = "validation_guidance_skip_layers"
+            raise UserError(
+                f"found {config.validation_guidance_skip_layers}, but this model has {depth} blocks, 0 to {depth - 1}",
+                file=self.loaded.origins.get(key, str(self.loaded.path)),
+                key=key,
+                fix=f"choose from 0 to {depth - 1}, or from -{depth} to -1, which count from the end",
+            )
+        return SkipLayers(
+            tuple(sorted(set(blocks))),
+            config.validation_guidance_skip_scale,
+            config.validation_guidance_skip_layers_start,
+            config.validation_guidance_skip_layers_stop,
+        )
 
     @property
     def block_sampling(self) -> BlockSampling | None:
@@ -352,60 +384,18 @@ class Assembly:
         config = self.config
         return Sampler(Schedule(self._shift), "ode", config.benchmark_num_inference_steps, config.benchmark_guidance)
 
+    @property
+    def benchmark_sampler(self) -> Sampler:
+        """Of the reference videos. In fine-tuning they show the model before training, sampled as the student is."""
+        if self.config.distillation_config is not None:
+            return self.teacher_sampler
+        return self._solver(self.config.benchmark_num_inference_steps, self.config.benchmark_guidance, None)
+
     # --- the method -------------------------------------------------------------------------------------------------
 
     def method(self, roles: Roles, target: Denoiser | None = None) -> Method:
         """The algorithm of the run. target: the student under its running average."""
-        config = self.config
-        build = builder(config.distillation_method)
-        parts = Ingredients(
-            teacher=roles.teacher,
-            student=roles.student,
-            schedule=self.schedule,
-            options=config.distillation_config or config,
-            device=self.device,
-            caption_dropout_probability=config.caption_dropout_probability,
-            critic=roles.critic,
-            target=target,
-            weak=self._weak_critic(roles),
-            discriminator=self._discriminator(roles),
-            detail=roles.denoisers.get("detail"),
-            known=self.known_noise,
-        )
-        try:
-            return build(parts)
-        except ValueError as error:  # a noise window that is empty for one of the ladder's rungs
-            raise UserError(
-                str(error),
-                file=str(self.loaded.path),
-                key="distillation_config",
-                fix="widen min_timestep_ratio … max_timestep_ratio, or set ts_schedule to false",
-            ) from error
-
-    def _weak_critic(self, roles: Roles) -> WanDenoiser | None:
-        """The critic's adapter at a strength that the method sets, for weak-to-strong matching."""
-        settings, critic = self.config.distillation_config, roles.critic
-        if not isinstance(settings, MatchingOptions) or not settings.weak_critic:
-            return None
-        assert critic is not None and critic.switch is not None, "a critic of its own weights has no fraction"
-        return WanDenoiser(critic.transformer, critic.switch, critic.adapter, critic.autocast)
-
-    def _discriminator(self, roles: Roles) -> nn.Module | None:
-        """What judges features: of the critic, whose role it moves with, or of the teacher, in a role of its own."""
-        settings, critic = self.config.distillation_config, roles.critic
-        if settings is not None and settings.has_discriminator:
-            teacher = roles.teacher
-            hidden = min(1024, 4 * teacher.width)
-            heads = FeatureHeads(teacher.width, settings.feature_blocks(teacher.depth), hidden, self.config.seed)
-            roles.add_head("discriminator", heads.to(self.device))
-            return heads
-        if not isinstance(settings, MatchingOptions) or not settings.gan_weight:
-            return None
-        assert critic is not None, "the head reads the critic"
-        blocks = default_blocks(critic.depth) if settings.gan_blocks == "auto" else settings.gan_blocks
-        head = VideoHead(critic.width, blocks, seed=self.config.seed).to(self.device)
-        roles.add_head("critic", head, "discriminator.")
-        return head
+        return method_of(self, roles, target)
 
     # --- data -------------------------------------------------------------------------------------------------------
 
@@ -456,7 +446,7 @@ class Assembly:
             "datasets": [*self.loaded.datasets, self.loaded.text_embeds],
             "config": self.config,
             "encode_text": self.text_encoder,
-            "encode_video": codec.encode if latents else None,
+            "encode_video": codec.encode if latents or self.config.eval_dataset_id else None,
             "text_fingerprint": self.text_encoder.fingerprint,
             "vae_fingerprint": codec.fingerprint,
             "latent_geometry": self.geometry,
@@ -484,14 +474,13 @@ class Assembly:
                 name=name,
                 prompt=prompt,
                 text=embedding(prompt),
-                size=(width, height, config.validation_num_video_frames),
-                latent_shape=geometry.latent_shape(
-                    *self.fitting(width, height), geometry.round_frames(config.validation_num_video_frames)
-                ),
+                size=(width, height, frames),
+                latent_shape=geometry.latent_shape(*self.fitting(width, height), geometry.round_frames(frames)),
                 seed=config.validation_seed + number,
             )
             for name, prompt in self.loaded.validation_prompts.items()
             for width, height in config.validation_resolution
+            for frames in config.validation_num_video_frames
             for number in range(config.num_validation_images)
         ]
 

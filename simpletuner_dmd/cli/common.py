@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from simpletuner_dmd.config import LoadedConfig
 
 RESOLVED = "config.resolved.json"  # in the output folder of a run: every option as it was
+STOPPED = 3  # exit code where `health_on_red` stopped a run
 INTERRUPTED = 130  # exit code after Ctrl-C, as in a shell
 LAUNCHED = "SIMPLETUNER_LAUNCHED"  # set in the processes that `num_processes` starts
 

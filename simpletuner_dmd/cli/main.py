@@ -30,6 +30,10 @@ VERBS = {
         "simpletuner extract-lora output/my-run --rank 64",
     ),
     "push": ("upload a finished run to the Hub", "simpletuner push output/my-run"),
+    "report": (
+        "make the page of a run anew, compare two runs, or watch one train",
+        "simpletuner report output/my-run --serve",
+    ),
     "examples": ("list or copy the example configurations", "simpletuner examples copy demo config/my-run"),
     "recipes": ("list settings to start from, with their sources", "simpletuner recipes show wan-1.3b-dmd-lora"),
     "explain": ("say what an option is, or draw the noise schedule of a run", "simpletuner explain learning_rate"),

@@ -19,7 +19,7 @@ from simpletuner_dmd.cli.starting import AdapterMerge
 from simpletuner_dmd.config import TrainConfig, UserError
 from simpletuner_dmd.config.flavours import FLAVOURS, Flavour
 from simpletuner_dmd.flow import Denoiser, Experts
-from simpletuner_dmd.validation.sampling import HandedOver, VideoSampler
+from simpletuner_dmd.validation.sampling import HandedOver, Sampler, VideoSampler
 from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.loading import load_transformer
@@ -115,10 +115,9 @@ def whole_teacher(assembly: Assembly, own: Denoiser) -> Iterator[Denoiser]:
 
 
 @contextmanager
-def whole_student(assembly: Assembly, roles: Roles) -> Iterator[tuple[Denoiser, VideoSampler]]:
-    """(what is sampled, its sampler). Without a finished partner the teacher's own other expert makes its part of the
-    way in the teacher's many steps, so that the video shows what this run's expert has learned."""
-    sampler = assembly.student_sampler
+def whole_student(assembly: Assembly, roles: Roles, sampler: Sampler) -> Iterator[tuple[Denoiser, VideoSampler]]:
+    """(what is sampled, by which sampler: the one given). Without a finished partner the teacher's own other expert
+    makes its part of the way in the teacher's many steps, so that the video shows what this one has learned."""
     if assembly.config.flavour.expert is None:
         yield assembly.sampled_student(roles), sampler
         return

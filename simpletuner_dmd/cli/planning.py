@@ -87,7 +87,9 @@ def sizes_of(loaded: LoadedConfig, scans: Sequence[DatasetScan] = (), shapes: Se
         most = config.distillation.num_training_frames
         found = [(channels, min(frames, most), *rest) for channels, frames, *rest in found]  # type: ignore[misc]
     videos = [] if config.validation_disable else [
-        latent(*size, config.validation_num_video_frames) for size in config.validation_resolution
+        latent(*size, frames)
+        for size in config.validation_resolution
+        for frames in config.validation_num_video_frames
     ]  # fmt: skip
     return Sizes(max(found, key=_volume), max(videos, key=_volume) if videos else None, geometry)
 

@@ -19,10 +19,10 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
-from simpletuner_dmd.cli.common import INTERRUPTED, quiet_libraries
+from simpletuner_dmd.cli.common import INTERRUPTED, STOPPED, quiet_libraries
+from simpletuner_dmd.cli.judging import Judge
 from simpletuner_dmd.cli.machine import machine_problems
 from simpletuner_dmd.cli.moving import STUDENT_ROLES, role_optimizers, student_average
-from simpletuner_dmd.cli.other_expert import whole_student, whole_teacher
 from simpletuner_dmd.cli.saved import write_resolved
 from simpletuner_dmd.cli.shipping import Shipper, check_text
 from simpletuner_dmd.cli.starting import start_student
@@ -38,7 +38,7 @@ from simpletuner_dmd.training.out_of_memory import OutOfMemory, first_line, is_o
 from simpletuner_dmd.training.progress import free_memory, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 from simpletuner_dmd.training.trainer import CHECKPOINTS, Trainer, TrainerSettings
-from simpletuner_dmd.validation.render import Renderer, Scene
+from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.report import build_report
 from simpletuner_dmd.wan.roles import Roles, self_test
 
@@ -102,7 +102,8 @@ class TrainingRun:
     # --- the whole of it --------------------------------------------------------------------------------------------
 
     def go(self) -> int:
-        """Exit code 0 when trained, exported and loaded back; 130 when interrupted, 3 when memory ran out."""
+        """Exit code 0 when trained, exported and loaded back; 130 when interrupted, 3 when memory ran out or a red
+        light stopped the run."""
         try:
             return self._go()
         except OutOfMemory as stopped:
@@ -122,8 +123,9 @@ class TrainingRun:
             self.watch.announce()
         parts = self._put_together()
         try:
-            with self._rendering(parts) as renderer:
-                self._train(parts, renderer)
+            self._train(parts)
+            if parts.trainer.halted is not None:
+                return self._halted(parts, parts.trainer.halted)
             if parts.trainer.interrupted:
                 self.say(f"Interrupted at step {parts.trainer.step}; the same command goes on from there.")
                 parts.tracking.event("interrupted", step=parts.trainer.step)
@@ -188,20 +190,19 @@ class TrainingRun:
         tracking.event("start", **self._start_facts(steps, trainer.step))
         return Parts(data, scenes, roles, tracking, webhook, shipper, trainer)
 
-    def _train(self, parts: Parts, renderer: Renderer | None) -> None:
+    def _train(self, parts: Parts) -> None:
         trainer, total = parts.trainer, parts.trainer.settings.max_steps
-        if self.main and renderer is not None and trainer.step == 0:
-            self._render_references(parts, renderer)
-            if self.config.validation_on_startup:
-                self._render_student(parts, renderer, 0)
+        judge = Judge(
+            self.assembly, self.accelerator, self.output_dir, parts.roles, trainer, parts.data, parts.tracking,
+            parts.scenes, self.say,
+        )  # fmt: skip
 
-        def validate(step: int) -> None:
-            assert renderer is not None
-            self._render_student(parts, renderer, step)
-            build_report(self.output_dir)
+        def validate(step: int) -> str | None:
+            reason = judge.validate(step)
+            if self.main:
+                build_report(self.output_dir)
             parts.webhook.send(f"validation at step {step} of {total}", event="validation", step=step)
-
-        trainer.validate = None if renderer is None else validate
+            return reason
 
         def stepped(values: dict[str, float]) -> None:
             if all(role.updates for role in trainer.optimizers.values()):
@@ -210,6 +211,11 @@ class TrainingRun:
                     parts.tracking.event("plan", step=trainer.step, **facts)
 
         trainer.stepped = stepped
+        if parts.scenes:
+            judge.start()
+            trainer.validate = validate
+        if self.config.eval_dataset_id is not None:
+            trainer.evaluate = judge.evaluate
         trainer.checkpointed = lambda path, step: self._checkpointed(parts, step)
         self.accelerator.wait_for_everyone()
         self.watch.begin()
@@ -243,6 +249,7 @@ class TrainingRun:
             checkpoint_interval=config.checkpoint_step_interval,
             checkpoints_kept=config.checkpoints_total_limit or None,
             validation_interval=config.validation_step_interval,
+            evaluation_interval=config.eval_steps_interval or config.validation_step_interval,
             device=self.accelerator.device,
         )
 
@@ -307,60 +314,23 @@ class TrainingRun:
             },
         }
 
-    # --- validation -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _rendering(self, parts: Parts) -> Iterator[Renderer | None]:
-        if not parts.scenes:
-            yield None
-            return
-
-        def record(row: dict[str, Any]) -> None:
-            parts.tracking.event("validation", **row)
-            parts.tracking.video(row["step"], f"{row['kind']}/{row['name']}", self.output_dir / row["file"])
-
-        yield Renderer(
-            self.output_dir,
-            parts.scenes,
-            parts.data.negative_text,
-            self.assembly.codec.decode,
-            record,
-            self.config.framerate,
-            self.accelerator.device,
-        )
-        self.assembly.codec.unload()
-
-    def _render_references(self, parts: Parts, renderer: Renderer) -> None:
-        """Once: the teacher at its own steps and, in distillation, the undistilled model at the student's."""
-        if self.config.disable_benchmark:
-            return
-        with parts.roles.evaluating(), whole_teacher(self.assembly, parts.roles.teacher) as teacher:
-            self.say("Rendering the teacher's reference videos …")
-            renderer.render(teacher, self.assembly.teacher_sampler, "teacher", 0)
-            if self.assembly.schedule.ladder:
-                renderer.render(teacher, self.assembly.student_sampler, "undistilled", 0)
-        self._leave_to_training()
-
-    def _render_student(self, parts: Parts, renderer: Renderer, step: int) -> None:
-        wanted = self.config.ema_validation if parts.trainer.ema is not None else "none"
-        with parts.roles.evaluating(), whole_student(self.assembly, parts.roles) as (student, sampler):
-            if wanted in ("none", "comparison"):
-                renderer.render(student, sampler, "student", step)
-            if wanted in ("ema_only", "comparison"):
-                with parts.best_student():
-                    renderer.render(student, sampler, "student-ema", step)
-        self._leave_to_training()
-
-    def _leave_to_training(self) -> None:
-        """Drops the VAE between two validations, where it may be there only while it works."""
-        if self.config.offload_during_startup:
-            self.assembly.codec.unload()
+    def _halted(self, parts: Parts, reason: str) -> int:
+        """A red light stopped the run: what is there is kept, nothing is exported; earlier uploads are waited for."""
+        step = parts.trainer.step
+        parts.tracking.event("stopped", step=step, reason=reason)
+        parts.webhook.send(f"stopped at step {step}: {reason}", event="error", step=step)
+        self.say(f"Stopped at step {step} by a red light: {reason}")
+        self.say("  go on with health_on_red=continue, or from the healthiest checkpoint: resume_from_checkpoint=best;")
+        self.say(f"  to ship that one: simpletuner export {self.output_dir} --checkpoint best")
+        for line in parts.shipper.close():
+            self.say(line)
+        return STOPPED
 
     # --- results ----------------------------------------------------------------------------------------------------
 
     def _checkpointed(self, parts: Parts, step: int) -> None:
         parts.webhook.send(f"checkpoint at step {step}", event="checkpoint", step=step)
-        if self.config.push_checkpoints_to_hub:
+        if self.config.push_checkpoints_to_hub and parts.trainer.halted is None:
             folder = self.output_dir / "export-checkpoints" / f"checkpoint-{step:06d}"
             updates = parts.trainer.student_updates
             with parts.best_student() as averaged:

@@ -41,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
             config.validation_resolution = [frame_size(args.size)]
         except ValueError as error:
             raise UserError(f"--size {args.size}: {error}", fix="write WIDTHxHEIGHT, for example 832x480") from error
-    config.validation_num_video_frames = frames_4n1(args.frames or config.validation_num_video_frames)
+    frames = [frames_4n1(args.frames)] if args.frames else config.validation_num_video_frames[:1]
+    config.validation_num_video_frames = frames
     config.validation_seed, config.num_validation_images = args.seed, 1
     loaded.validation_prompts = {f"{index:02d}-{prompt[:40]}": prompt for index, prompt in enumerate(args.prompt)}
     assembly = Assembly(loaded, Accelerator(cpu=not cuda.is_available()).device)
@@ -49,18 +50,18 @@ def run(args: argparse.Namespace) -> int:
     scenes = assembly.scenes(embeddings.__getitem__)
     negative = embeddings[assembly.negative_prompt]
     out = args.out or folder / "samples"
-    renderer = Renderer(
-        out, scenes, negative, assembly.codec.decode, lambda row: None, config.framerate, assembly.device
-    )
+    renderer = Renderer(out, scenes, negative, assembly.codec.decode, config.framerate, assembly.device)
     saved = SavedStudent(assembly, state, raw=args.raw)
     roles = saved.roles
     with saved.best() as averaged, roles.evaluating():
         kind = "student-ema" if averaged else "student"
-        with whole_student(assembly, roles) as (student, sampler):
-            paths = renderer.render(student, sampler, kind, state.step)
+        with whole_student(assembly, roles, assembly.student_sampler) as (student, sampler):
+            made = renderer.render(student, sampler, kind, state.step)
         if args.teacher:
             with whole_teacher(assembly, roles.teacher) as teacher:
-                paths += renderer.render(teacher, assembly.teacher_sampler, "teacher", state.step)
-    for path in paths:
-        print(path)
+                made.merge(renderer.render(teacher, assembly.teacher_sampler, "teacher", state.step))
+    for row in made.rows:
+        print(out / row["file"])
+    if made.failures:
+        raise RuntimeError("; ".join(made.failures))
     return 0

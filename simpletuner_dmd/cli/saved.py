@@ -122,7 +122,7 @@ class OpenRun:
         self.updates = int(state.meta["updates"]["student"])
         self.assembly = Assembly(loaded, Accelerator(cpu=not torch.cuda.is_available()).device)
         self.data = self.assembly.data([])
-        self.shipper = Shipper(self.assembly, folder, publishing=False)  # `push` does that
+        self.shipper = Shipper(self.assembly, folder, publishing=False, step=state.step)  # publishing is for `push`
         self.student = SavedStudent(self.assembly, state, raw=raw)
 
     def reference(self) -> Reference:

@@ -38,10 +38,15 @@ CHECK_STEPS = 4  # Euler steps of the comparison for a supervised student, which
 
 
 class Shipper:
-    """Exports, checks and uploads the student of one run (main process only)."""
+    """Exports, checks and uploads the student of one run (main process only).
 
-    def __init__(self, assembly: Assembly, output_dir: Path, *, publishing: bool = True) -> None:
-        self.assembly, self.output_dir = assembly, output_dir
+    step: of the checkpoint that is exported, where it may not be the newest: videos and health are those of that time.
+    """
+
+    def __init__(
+        self, assembly: Assembly, output_dir: Path, *, publishing: bool = True, step: int | None = None
+    ) -> None:
+        self.assembly, self.output_dir, self.step = assembly, output_dir, step
         self.config = assembly.config
         self.uploader: HubUploader | None = None
         self.kept: list[str] = []
@@ -69,7 +74,7 @@ class Shipper:
     def info(self, data: PreparedData | None, *, steps: int, averaged: bool) -> ExportInfo:
         config, assembly = self.config, self.assembly
         prompts = tuple(assembly.loaded.validation_prompts.values())
-        sizes = tuple((w, h, config.validation_num_video_frames) for w, h in config.validation_resolution)
+        sizes = tuple((w, h, f) for w, h in config.validation_resolution for f in config.validation_num_video_frames)
         return ExportInfo(
             run_name=config.tracker_run_name,
             method=config.distillation_method or "",
@@ -100,7 +105,7 @@ class Shipper:
             adapter=config.lora_type,
             teacher_lora=assembly.teacher_lora.record() if assembly.teacher_lora else None,
             teacher=self._teacher(),
-            health=last_health(self.output_dir),
+            health=last_health(self.output_dir, self.step),
             config=shown_config(assembly.loaded.options()),
         )
 
@@ -150,7 +155,7 @@ class Shipper:
             raise UserError(f"this student cannot be written for ComfyUI: {reason}", key="--to",
                             fix="export it without `--to comfyui`")  # fmt: skip
         info = self.info(data, steps=steps, averaged=averaged)
-        info = replace(info, raw_beside=raw_beside, videos=copy_videos(self.output_dir, folder))
+        info = replace(info, raw_beside=raw_beside, videos=copy_videos(self.output_dir, folder, self.step))
         self._write(folder, roles, info, formats)
 
     def export_raw(self, folder: Path, roles: Roles, data: PreparedData | None, *, steps: int) -> None:
@@ -199,7 +204,8 @@ class Shipper:
             raise UserError(f"this student cannot be merged: {kind}", key="--to", fix="export it without `--to merged`")
         info = self.info(data, steps=steps, averaged=averaged)
         merged = MergedBase(self.assembly.source, [*self._fine_tune(), (self._adapter_file(roles, adapter), 1.0)])
-        info = replace(info, model_type="full", adapter="standard", videos=copy_videos(self.output_dir, folder))
+        videos = copy_videos(self.output_dir, folder, self.step)
+        info = replace(info, model_type="full", adapter="standard", videos=videos)
         export_full(folder, merged.write, info, dtype=merged.dtype)
         exact = self.assembly.dtype == merged.dtype == torch.float32
         return exact and self.config.base_model_precision == "no_change"

@@ -160,7 +160,7 @@ def _prompts(assembly: Assembly, args: argparse.Namespace) -> DatasetScan:
         dataset_type="prompts",
         instance_data_dir=str(args.prompts),
         resolution=f"{width}x{height}",
-        video={"num_frames": args.frames or config.validation_num_video_frames},
+        video={"num_frames": args.frames or config.validation_num_video_frames[0]},
     )
     return scan(entry, config, geometry=assembly.geometry)
 

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit code 0 when trained and exported, 130 when interrupted (a checkpoint is saved), 2 for a person's mistake."""
+    """Exit code 0 when trained and exported, 130 when interrupted (a checkpoint is saved), 3 when a red
+    light stopped it, 2 for a person's mistake."""
     loaded = load_config(args)
     if loaded.config.num_processes > 1 and LAUNCHED not in os.environ:
         examine_run(loaded)

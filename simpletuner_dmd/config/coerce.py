@@ -92,6 +92,24 @@ def frame_sizes(value: Any) -> list[tuple[int, int]]:
     return [frame_size(part) for part in value]
 
 
+def frame_counts(value: Any) -> list[int]:
+    """81, "49,81", or a list of such numbers."""
+    found = whole_numbers([value] if isinstance(value, int | float) else value)
+    if not found or min(found) < 1:
+        raise ValueError("must be a number of frames from 1 on, or a list of them, for example 81")
+    return found
+
+
+def whole_numbers(value: Any) -> list[int]:
+    """ "9, 10" or [9, "10"] -> [9, 10]; one number is a list of one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = [value]
+    found = numbers(value)
+    if any(not number.is_integer() for number in found):
+        raise ValueError("must be whole numbers")
+    return [int(number) for number in found]
+
+
 def words(value: Any) -> Any:
     """ "to_q, to_k" or '["to_q", "to_k"]' -> a list of strings; lists pass."""
     if not isinstance(value, str):

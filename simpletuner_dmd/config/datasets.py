@@ -342,8 +342,27 @@ def _cache(folder: str | Path, cwd: Path) -> str:
     return str((cwd / Path(folder).expanduser()).absolute())
 
 
+def hold_out(config: TrainConfig, entries: list[DatasetEntry], file: str) -> list[Problem]:
+    """Takes the dataset of the evaluation loss out of training, by giving it no weight."""
+    if config.eval_dataset_id is None:
+        return []
+    key = "eval_dataset_id"
+    entry = next((entry for entry in entries if entry.id == config.eval_dataset_id), None)
+    if entry is None:
+        known = ", ".join(entry.id for entry in entries)
+        return [Problem(file, key, f"there is no dataset {config.eval_dataset_id}", f"choose one of {known}")]
+    if entry.dataset_type == "prompts":
+        return [Problem(file, key, f"{entry.id} holds prompts only, and the loss needs videos", "name a video dataset")]
+    if all(other is entry or other.probability == 0 for other in entries):
+        return [Problem(file, key, f"{entry.id} is the only dataset: held out, nothing is left to train on",
+                        "add another dataset, or move some of its videos into one of their own")]  # fmt: skip
+    entry.probability = 0.0
+    return []
+
+
 def needs_videos(config: TrainConfig, entries: list[DatasetEntry], file: str) -> list[Problem]:
     """Losses that read videos, on a run that only has prompts."""
+    entries = [entry for entry in entries if entry.probability > 0]
     if not entries or any(entry.dataset_type != "prompts" for entry in entries):
         return []
     if config.distillation_config is None:
@@ -364,9 +383,10 @@ def size_notices(config: TrainConfig, entries: list[DatasetEntry]) -> list[str]:
     trained_frames = sorted({entry.video.num_frames for entry in entries if entry.dataset_type != "image"})
     if config.frames_cap is not None:
         trained_frames = sorted({min(frames, config.frames_cap) for frames in trained_frames})
-    if not config.validation_disable and trained_frames and config.validation_num_video_frames not in trained_frames:
+    unseen = [frames for frames in config.validation_num_video_frames if frames not in trained_frames]
+    if not config.validation_disable and trained_frames and unseen:
         found.append(
-            f"validation renders {config.validation_num_video_frames} frames, training sees "
+            f"validation renders {', '.join(map(str, unseen))} frames, training sees "
             f"{', '.join(map(str, trained_frames))}: the videos may look different from what was trained."
         )
     areas = [area for entry in entries if (area := _area(entry)) is not None]

@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from simpletuner_dmd.config.coerce import means_none
+from simpletuner_dmd.config.coerce import frame_counts, means_none
 from simpletuner_dmd.config.databackend import DatasetEntry
-from simpletuner_dmd.config.datasets import Datasets, complete, needs_videos, read_entries, size_notices
+from simpletuner_dmd.config.datasets import Datasets, complete, hold_out, needs_videos, read_entries, size_notices
 from simpletuner_dmd.config.errors import Problem, UserError
 from simpletuner_dmd.config.layers import (
     ALIASES,
@@ -151,7 +151,7 @@ def load(
     datasets, data_file = _load_datasets(options, origins, name, folders, problems)
     if datasets is not None:
         complete(datasets, options, lambda value: resolve_path(value, folders), cwd)
-        problems += datasets.problems
+        problems += datasets.problems + hold_out(options, datasets.entries, origins.get("eval_dataset_id", name))
         if not datasets.problems:
             problems += needs_videos(options, datasets.entries, data_file)
     prompts, prompt_notices = _load_prompts(options, origins, name, folders, problems)
@@ -338,9 +338,10 @@ def _nested(values: dict[str, Any]) -> dict[str, Any]:
 def _note_adjustments(config: TrainConfig, values: dict[str, Any], notices: list[str]) -> None:
     """Values that were changed on the way in, because Wan cannot take them as written."""
     written = values.get("validation_num_video_frames")
-    if written is not None and int(float(written)) != config.validation_num_video_frames:
+    if written is not None and frame_counts(written) != config.validation_num_video_frames:
         notices.append(
-            f"validation_num_video_frames {written} -> {config.validation_num_video_frames}: Wan takes 4n+1 frames."
+            f"validation_num_video_frames {written} -> "
+            f"{', '.join(map(str, config.validation_num_video_frames))}: Wan takes 4n+1 frames."
         )
 
 

@@ -28,6 +28,7 @@ def cross_problems(config: TrainConfig) -> list[Problem]:
         )  # fmt: skip
     problems += _adapter_problems(config) + flavour_problems(config)
     problems += optimizer_problems(config) + memory_problems(config)
+    problems += _sampler_problems(config)
     return problems + (config.distillation.problems(config) if config.distillation_config is not None else [])
 
 
@@ -96,6 +97,50 @@ def _size_problems(config: TrainConfig) -> list[Problem]:
                         f"this model's sizes are multiples of {multiple}", f"write {width}x{height}")
             )  # fmt: skip
     return problems
+
+
+def _sampler_problems(config: TrainConfig) -> list[Problem]:
+    key, found = "validation_noise_scheduler", config.validation_noise_scheduler
+    settings = config.distillation_config
+    by_blocks = settings is not None and settings.blockwise
+    problems = []
+    if found == "few-step" and (settings is None or config.distillation_method == "diffusion_forcing"):
+        problems.append(Problem("", key, "found few-step, but this training makes no few-step ladder",
+                                "use unipc, euler or euler-beta" if not by_blocks else "leave it out"))  # fmt: skip
+    elif by_blocks and found != ("euler" if config.distillation_method == "diffusion_forcing" else "few-step"):
+        problems.append(Problem("", key, f"found {found}, but this student works block by block, and no stock solver "
+                                "does", "leave it out"))  # fmt: skip
+    if config.validation_guidance_skip_layers_start >= config.validation_guidance_skip_layers_stop:
+        start, stop = config.validation_guidance_skip_layers_start, config.validation_guidance_skip_layers_stop
+        problems.append(
+            Problem("", "validation_guidance_skip_layers_stop", f"found {stop:g}, which is not after the start "
+                    f"{start:g}", "raise it; 0 to 1 is every step")
+        )  # fmt: skip
+    return problems
+
+
+def _validation_notices(config: TrainConfig) -> list[str]:
+    found, settings = [], config.distillation_config
+    if settings is not None and not config.validation_disable:
+        if config.validation_noise_scheduler != "few-step" and not settings.blockwise:
+            found.append(
+                f"validation_noise_scheduler {config.validation_noise_scheduler}: the student is trained for its "
+                "ladder; by another solver its videos look worse than what is exported."
+            )
+        if config.validation_guidance_skip_layers:
+            found.append("validation_guidance_skip_layers: no effect, a distilled student has its guidance built in.")
+        if config.validation_guidance_rescale and config.validation_noise_scheduler == "few-step":
+            found.append("validation_guidance_rescale: no effect, the ladder is walked without guidance.")
+    if config.evaluation_type == "clip":
+        found.append(
+            "evaluation_type clip: not for video, it scores single pictures and needs a download. The measures "
+            "against the teacher's videos and eval_dataset_id's loss take its place."
+        )
+    if config.eval_steps_interval and not config.eval_dataset_id:
+        found.append("eval_steps_interval has no effect: no eval_dataset_id names what is held out.")
+    if config.health_on_red == "stop" and (config.validation_disable or config.disable_benchmark):
+        found.append("health_on_red stop: without validation and its reference videos most lights are never judged.")
+    return found
 
 
 DRAWS = ("flow_use_uniform_schedule", "flow_use_beta_schedule", "flow_custom_timesteps")
@@ -167,6 +212,7 @@ def combination_notices(config: TrainConfig) -> list[str]:
     found += tread_notices(config.tread_config, config.distillation_config)
     found += _noise_notices(config) + flavour_notices(config)
     found += optimizer_notices(config, config.learning_rate) + memory_notices(config)
+    found += _validation_notices(config)
     if config.distillation_config is not None:
         found += config.distillation.notices(config)
     return found

@@ -1,4 +1,4 @@
-"""Options of what is loaded, rendered and kept: model, data, validation, output."""
+"""Options of what is loaded and kept: model, data, output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from simpletuner_dmd.config.coerce import Options, frame_sizes, words
+from simpletuner_dmd.config.coerce import Options, words
 from simpletuner_dmd.config.flavours import DEFAULT_FLAVOUR, ModelFlavour, flavour_of
 
 DEMO = "demo"
@@ -167,43 +167,6 @@ class DataOptions(Options):
     )
 
 
-class ValidationOptions(Options):
-    """What is rendered while training, when, and what it is compared with."""
-
-    validation_prompt: str | None = Field(None, description="A prompt to render at every validation.")
-    validation_prompt_library: str | bool = Field(
-        False,
-        description="More prompts to render: a JSON file of `{short name: prompt}`; `true` is a small built-in set.",
-    )
-    validation_negative_prompt: str = Field(
-        "", description="The negative prompt wherever guidance is on; also the teacher's, unless it has its own."
-    )
-    validation_guidance: float = Field(
-        default_factory=lambda data: 1.0 if data.get("distillation_method") else 5.0,
-        ge=0, le=30,
-        description="Guidance scale of the validation videos; 1 and 0 are off. A distilled student has the teacher's "
-        "guidance built in. Default: 1 for distillation, 5 for fine-tuning.",
-    )  # fmt: skip
-    validation_num_video_frames: int = Field(
-        DEFAULT_FRAMES, ge=1, description="Frames of the validation videos; rounded down to 4n+1."
-    )
-    validation_resolution: Annotated[list[tuple[int, int]], BeforeValidator(frame_sizes)] = Field(
-        default_factory=lambda data: frame_sizes(native_size(data.get("model_flavour", ""))),
-        description='Size of the validation videos, "832x480", or a list. Default: the flavour\'s native size.',
-    )
-    validation_seed: int = Field(42, ge=0, description="Seed of the validation videos: the same noise every time.")
-    validation_step_interval: int = Field(100, ge=1, description="A validation every so many steps.")
-    validation_on_startup: bool = Field(False, description="Also renders before the first step.")
-    validation_disable: bool = Field(False, description="Renders nothing, neither while training nor at the end.")
-    num_validation_images: int = Field(1, ge=1, le=16, description="Videos per prompt, each with its own seed.")
-    disable_benchmark: bool = Field(
-        False,
-        description="Skips the one-time reference videos: the teacher at its own steps and guidance, "
-        "and the undistilled model at the student's steps.",
-    )
-    benchmark_num_inference_steps: int = Field(50, ge=1, le=1000, description="Steps of the teacher's reference video.")
-
-
 Tracker = Literal["wandb", "tensorboard", "trackio"]
 TRACKERS: tuple[Tracker, ...] = ("wandb", "tensorboard", "trackio")
 
@@ -226,7 +189,7 @@ class OutputOptions(Options):
     resume_from_checkpoint: str | None = Field(
         "latest",
         description="`latest` goes on from the newest whole checkpoint in `output_dir`, or starts afresh if there is "
-        "none; a checkpoint's folder or name goes on from there; `null` starts afresh.",
+        "none; `best` from the healthiest; a checkpoint's folder or name goes on from there; `null` starts afresh.",
     )
     push_to_hub: bool = Field(False, description="Uploads the export to the Hub when the run has finished.")
     push_checkpoints_to_hub: bool = Field(False, description="Also uploads the export of every checkpoint.")

@@ -10,7 +10,7 @@ from simpletuner_dmd.config.flavours import Flavour, flavour_of
 from simpletuner_dmd.config.memory_options import MemoryOptions
 from simpletuner_dmd.config.methods import METHODS, CriticOptions, DistillationOptions
 from simpletuner_dmd.config.optimizer_options import OptimizerOptions
-from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions, ValidationOptions
+from simpletuner_dmd.config.run_options import DataOptions, ModelOptions, OutputOptions
 from simpletuner_dmd.config.training_options import (
     EmaOptions,
     FlowOptions,
@@ -19,6 +19,7 @@ from simpletuner_dmd.config.training_options import (
     PrecisionOptions,
 )
 from simpletuner_dmd.config.tread import TreadConfig
+from simpletuner_dmd.config.validation_options import EvaluationOptions, HealthOptions, ValidationOptions
 
 TEACHER_STEPS = 40
 
@@ -31,6 +32,8 @@ def frames_4n1(frames: int) -> int:
 # pydantic takes the fields of the last base first; a default may look at the options that stand before it.
 class TrainConfig(
     OutputOptions,
+    HealthOptions,
+    EvaluationOptions,
     ValidationOptions,
     DataOptions,
     FlowOptions,
@@ -88,7 +91,8 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _whole_latent_frames(self) -> TrainConfig:
-        self.validation_num_video_frames = frames_4n1(self.validation_num_video_frames)
+        rounded = [frames_4n1(frames) for frames in self.validation_num_video_frames]
+        self.validation_num_video_frames = list(dict.fromkeys(rounded))
         return self
 
     @property

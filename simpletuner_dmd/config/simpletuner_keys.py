@@ -41,12 +41,10 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("teacher_model_name_or_path "
-            "eval_dataset_id eval_steps_interval gan_config "
-            "validation_guidance_skip_layers", LATER),
-    **_each("validation_guidance_skip_layers_start validation_guidance_skip_layers_stop validation_guidance_skip_scale "
-            "num_eval_images eval_timesteps evaluation_type disk_low_threshold validation_guidance_rescale "
-            "validation_noise_scheduler", Absent(f"{NOT_YET}, and it does not touch the training", harmless=True)),
+    **_each("teacher_model_name_or_path gan_config", LATER),
+    "disk_low_threshold": Absent(f"{NOT_YET}, and it does not touch the training", harmless=True),
+    **_each("eval_epoch_interval eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path",
+            Absent("eval_dataset_id and eval_steps_interval rule the evaluation loss here", harmless=True)),
     **_each("musubi_block_swap_device group_offload_type group_offload_blocks_per_group group_offload_use_stream "
             "ema_device ema_cpu_only ema_foreach_disable", SPEED),
     **_each("fsdp_enable context_parallel_size deepspeed_config", Absent(

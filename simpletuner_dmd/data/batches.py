@@ -159,6 +159,22 @@ class PreparedData:
         shapes = {group.latent_shape for group in self.kept(self.global_batch)}
         return sorted(shapes, key=lambda shape: (-math.prod(shape), shape))
 
+    def held_out(self, dataset: str, count: int) -> list[Batch]:
+        """The first `count` samples of a dataset that takes no part in training, each as a batch of one at a position
+        of its own."""
+        found = [(group, sample) for group in self.groups if group.dataset == dataset for sample in group.samples]
+        return [
+            Batch(
+                positions=(number,),
+                text=self.text(sample.captions[0]),
+                negative_text=self.negative_text,
+                latent_shape=group.latent_shape,
+                latents_BCFHW=self._latents(group, sample)[None],
+                captions=[sample.captions[0]],
+            )
+            for number, (group, sample) in enumerate(found[:count])
+        ]
+
     def close(self) -> None:
         """Stops loading ahead."""
         for ahead in self._pending.values():

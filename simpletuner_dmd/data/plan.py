@@ -137,7 +137,7 @@ class DataPlan:
         """What is too small for a batch, and which `repeats` would do."""
         found = []
         off = sorted({bucket.dataset for bucket in self.buckets if bucket.probability == 0})
-        found += [f"{dataset}: probability 0 switches it off" for dataset in off]
+        found += [f"{dataset}: probability 0, it takes no part in training" for dataset in off]
         for scan in self.scans:
             own = [b for b in self.buckets if b.dataset == scan.settings.id and b.probability > 0]
             short = [b for b in own if b.repeats_needed is not None]

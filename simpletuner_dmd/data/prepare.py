@@ -59,7 +59,8 @@ def fill_caches(
     progress: bool = True,
 ) -> Caches:
     """Scans `datasets`, encodes what the caches lack, and looks at the result. The arguments are those of `prepare`."""
-    scans, restored = _scan(datasets, config, latent_geometry, vae_fingerprint if needs_latents else None, main)
+    latents = needs_latents or config.eval_dataset_id is not None
+    scans, restored = _scan(datasets, config, latent_geometry, vae_fingerprint if latents else None, main)
     folder, write_batch = text_cache(list(datasets), config)
     text = TextStore(folder, config.compress_disk_cache)
     captions = [caption for scan in scans for sample in scan.usable for caption in sample.captions]
@@ -76,7 +77,7 @@ def fill_caches(
     )
     caches.findings += examine_text(text, prompts[: 4 * SAMPLES], text_fingerprint, config.tokenizer_max_length)
     for scan in scans:
-        if not needs_latents or scan.settings.kind == "prompts":
+        if not (needs_latents or scan.settings.id == config.eval_dataset_id) or scan.settings.kind == "prompts":
             continue
         assert encode_video is not None, "latents are needed, so a VAE must be given"
         ready = restored.get(scan.settings.id)

@@ -1,8 +1,7 @@
-"""How good a few-step student of the demo is: its distance to the teacher's samples, and what its pixels show.
+"""How good a few-step student of the demo is, by what its pixels show; distances are in `validation/measures.py`.
 
-Two kinds of figures. The energy distance compares sets of latents and knows nothing of the demo. Obedience reads
-colour, direction and shape off rendered frames with plain image arithmetic, no network, and compares them with the
-caption.
+Obedience reads colour, direction and shape off rendered frames with plain image arithmetic, no network, and compares
+them with the caption.
 
 Frames are [T, H, W, 3] uint8, batches of clips [N, T, H, W, 3]; distances are in pixels, x to the right, y down.
 """
@@ -14,45 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from simpletuner_dmd.demo.shapes import COLOURS, DIRECTIONS, Combination
-
-CHUNK = 256
-
-# --- distance between two sets of latents ---------------------------------------------------------------------------
-
-
-def energy_distance(x: Tensor, y: Tensor) -> float:
-    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'| between two sets of samples [N, ...] and [M, ...].
-
-    A U-statistic (a sample never meets itself), so its mean is the true distance, 0 for equal distributions, and a
-    single figure may lie below 0. Samples are flattened and distances divided by the square root of their dimension,
-    which makes |x - y| the root mean square difference per element. fp64. N and M at least 2.
-    Székely and Rizzo, Energy statistics (2013), section 6.
-    """
-    x, y = x.flatten(1).double(), y.flatten(1).double()
-    if x.shape[1] != y.shape[1]:
-        raise ValueError(f"samples of {x.shape[1]} and of {y.shape[1]} numbers cannot be compared")
-    if min(len(x), len(y)) < 2:
-        raise ValueError("the energy distance needs two samples of each set at least")
-    between = _sum_of_distances(x, y) / (len(x) * len(y))
-    within_x = _sum_of_distances(x, None) / (len(x) * (len(x) - 1))
-    within_y = _sum_of_distances(y, None) / (len(y) * (len(y) - 1))
-    return (2 * between - within_x - within_y) / math.sqrt(x.shape[1])
-
-
-def _sum_of_distances(x: Tensor, y: Tensor | None) -> float:
-    """Sum of |x_i - y_j| over all pairs; with y None over the pairs i != j of x."""
-    other = x if y is None else y
-    total = 0.0
-    for start in range(0, len(x), CHUNK):
-        distances = torch.cdist(x[start : start + CHUNK], other)
-        if y is None:  # the distance of a sample to itself is 0 by definition, not by rounding
-            distances.diagonal(offset=start).zero_()
-        total += float(distances.sum())
-    return total
 
 
 def gap_closed(student: float, undistilled: float, floor: float) -> float:

@@ -91,7 +91,7 @@ class Beta:
         return t, torch.cat([torch.zeros(1, dtype=torch.float64), below / below[-1]])
 
     def levels(self, stream: RandomStream, purpose: str) -> Tensor:
-        return self._quantile(stream.uniform(purpose))
+        return self.quantile(stream.uniform(purpose))
 
     def between(self, stream: RandomStream, purpose: str, low: float, high: float) -> Tensor:
         t, below = self._table
@@ -99,9 +99,10 @@ class Beta:
         right = torch.searchsorted(t, ends).clamp(1, len(t) - 1)
         share = (ends - t[right - 1]) / (t[right] - t[right - 1])
         first, last = torch.lerp(below[right - 1], below[right], share)
-        return self._quantile(torch.lerp(first, last, stream.uniform(purpose))).clamp(low, high)
+        return self.quantile(torch.lerp(first, last, stream.uniform(purpose))).clamp(low, high)
 
-    def _quantile(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
+        """The level below which a share u lies; fp64."""
         t, below = self._table
         right = torch.searchsorted(below, u, right=True).clamp(1, len(t) - 1)
         share = (u - below[right - 1]) / (below[right] - below[right - 1])

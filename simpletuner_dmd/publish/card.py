@@ -204,8 +204,8 @@ def _extracted(info: ExportInfo) -> str:
 def _health(info: ExportInfo) -> str:
     if not info.health:
         return ""
-    rows = [(f"{light} {_inline(name)}", _inline(says)) for light, name, says in info.health]
-    return f"## Health at the end of training\n\n{_table(rows)}"
+    rows = [(f"{colour} {_inline(name)}", _inline(said)) for colour, name, said in info.health]
+    return f"## Health at the last validation\n\n{_table(rows)}"
 
 
 def _configuration(info: ExportInfo) -> str:

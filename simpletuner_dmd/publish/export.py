@@ -227,7 +227,7 @@ def distill_document(
         },
         "extracted": dict(info.extracted) if info.extracted else None,
         "metrics": dict(info.metrics),
-        "health": [{"light": light, "name": name, "says": says} for light, name, says in info.health],
+        "health": [{"colour": colour, "name": name, "sentence": said} for colour, name, said in info.health],
         "config": dict(info.config),
         "tool": f"SimpleTuner-DMD {info.tool_version}".strip(),
         "snippet": load_snippet(info, choice),

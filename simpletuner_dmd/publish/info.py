@@ -61,7 +61,7 @@ class ExportInfo:
     adapter: "standard" (PEFT's LoRA) or "lycoris", where model_type is "lora". teacher_lora: part of the base.
     train_steps: updates of the student. validation_sizes as trained_sizes. hub_repo: where it is published, if it is.
     raw_beside: the export holds the weights as trained as well, in raw/. extracted: how a LoRA was taken from a full
-    student (see `extract.Extraction`). health: (light, name, sentence) of each measure. videos: (prompt, file within
+    student (see `extract.Extraction`). health: (colour, name, sentence) of each light. videos: (prompt, file within
     the export). config: the options of the run that are nobody's secret.
     """
 

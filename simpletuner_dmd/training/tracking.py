@@ -20,11 +20,11 @@ from torch import Tensor
 
 from simpletuner_dmd import durable
 from simpletuner_dmd.training.tracker_videos import send_video
+from simpletuner_dmd.validation.report_data import METRICS
 
 log = logging.getLogger(__name__)
 
 TRACKERS = ("wandb", "tensorboard", "trackio")
-METRICS = "metrics.jsonl"
 
 
 class Tracking:
@@ -69,6 +69,15 @@ class Tracking:
     def event(self, name: str, /, **fields: Any) -> None:
         """One row {"event": name, …}: a start, a resume, a checkpoint, a warning."""
         self._row({"event": name, **fields})
+
+    def measured(self, name: str, step: int, /, **fields: Any) -> None:
+        """As `event`, for figures taken now and then; the trackers draw the numbers, nested ones by dotted names."""
+        self._row({"event": name, "step": step, **fields})
+        nested = {key: value for key, value in fields.items() if isinstance(value, Mapping)}
+        flat = {f"{name}/{key}": value for key, value in fields.items() if isinstance(value, float)}
+        flat |= {f"{name}/{outer}.{key}": value for outer, inner in nested.items() for key, value in inner.items()}
+        prefix = f"{fields['kind']}/" if "kind" in fields else ""
+        self._mirror({prefix + key: value for key, value in flat.items() if math.isfinite(value)}, step)
 
     def video(self, step: int, name: str, path: Path) -> None:
         """Notes a rendered video, and hands it to the trackers."""

@@ -34,6 +34,8 @@ from simpletuner_dmd.training.progress import Progress, peak_bytes
 from simpletuner_dmd.training.tracking import Tracking
 
 CHECKPOINTS = "checkpoints"
+MODULES = {"attn": "attention", "ffn": "feed_forward"}
+"""Part of a parameter's name → the module its gradient is logged under; what has neither is "other"."""
 
 
 class Batches(Protocol):
@@ -67,11 +69,15 @@ class RoleOptimizer:
     def lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def update(self, accelerator: Any) -> float:
-        """Averages the gradients over ranks, clips, steps; returns the gradient's norm before clipping."""
+    def update(self, accelerator: Any) -> dict[str, float]:
+        """Averages the gradients over ranks, clips, steps.
+
+        Returns the gradient's norm before clipping as "grad_norm", and that of each kind of module as
+        "grad_norm_attention", "grad_norm_feed_forward" and "grad_norm_other", those that there are.
+        """
         _average(self.tensors, accelerator)
-        gradients = [parameter.grad for parameter in self.tensors if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norms = _norms(self.parameters)
+        norm = norms["grad_norm"]
         if not math.isfinite(norm):
             raise FloatingPointError("a gradient is not finite")
         if self.clip > 0:
@@ -83,7 +89,22 @@ class RoleOptimizer:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
-        return norm
+        return norms
+
+
+def _norms(parameters: list[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Every gradient is read once: the whole norm follows from those of the modules."""
+    groups: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in parameters:
+        if parameter.grad is not None:
+            module = next((title for part, title in MODULES.items() if part in name), "other")
+            groups[module].append(parameter.grad)
+    if not groups:
+        return {"grad_norm": 0.0}
+    norms = torch.stack([torch.nn.utils.get_total_norm(gradients).float() for gradients in groups.values()]).tolist()
+    return {"grad_norm": math.hypot(*norms)} | {
+        f"grad_norm_{name}": norm for name, norm in zip(groups, norms, strict=True)
+    }
 
 
 def _average(parameters: list[nn.Parameter], accelerator: Any) -> None:
@@ -123,12 +144,17 @@ class TrainerSettings:
     checkpoint_interval: int
     checkpoints_kept: int | None
     validation_interval: int
+    evaluation_interval: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Trainer:
-    """Runs a method to its end. On the main process it calls `stepped(metrics)` after every step, `validate(step)` and
-    `checkpointed(path, step)`."""
+    """Runs a method to its end.
+
+    `stepped(metrics)`, after every step, and `checkpointed(path, step)` are called on the main process;
+    `validate(step)` and `evaluate(step)` on every process.
+    What `validate` returns is why the run must stop, the same on all of them, or None.
+    """
 
     def __init__(
         self,
@@ -142,18 +168,20 @@ class Trainer:
         ema: Ema | None = None,
         averaged: Sequence[str] = ("student",),
         meta: dict[str, Any] | None = None,
-        validate: Callable[[int], None] | None = None,
+        validate: Callable[[int], str | None] | None = None,
+        evaluate: Callable[[int], None] | None = None,
         checkpointed: Callable[[Path, int], None] | None = None,
     ) -> None:
         self.settings, self.method, self.optimizers, self.batches = settings, method, optimizers, batches
         self.accelerator, self.tracking, self.ema, self.meta = accelerator, tracking, ema, meta or {}
-        self.validate, self.checkpointed = validate, checkpointed
+        self.validate, self.evaluate, self.checkpointed = validate, evaluate, checkpointed
         self.stepped: Callable[[dict[str, float]], None] | None = None
         self.averaged = averaged
         self.step = 0
         self._untouched = True  # no role has moved in the step that is being taken
         self.asked_to_stop = False  # set by a signal at any moment, on this rank
         self.interrupted = False  # what all ranks agreed on, between two steps
+        self.halted: str | None = None  # why validation asked the run to stop
 
     @property
     def student_updates(self) -> int:
@@ -221,7 +249,7 @@ class Trainer:
             settings.max_steps, self.step, device=settings.device, enabled=self.accelerator.is_main_process
         )
         with progress, self._catching_signals():
-            while self.step < settings.max_steps and not self.interrupted:
+            while self.step < settings.max_steps and not (self.interrupted or self.halted):
                 values = self._step_or_out_of_memory(saved_at)
                 self.step += 1
                 progress.update(self.step, values)
@@ -233,14 +261,19 @@ class Trainer:
                 if last or self.interrupted or self.step % settings.checkpoint_interval == 0:
                     self.save()
                     saved_at = self.step
-                if not self.interrupted and (last or self.step % settings.validation_interval == 0):
-                    self._validate()
-            if saved_at != self.step and self.interrupted:
+                if not self.interrupted:
+                    self._look(last)
+            if saved_at != self.step and (self.interrupted or self.halted):
                 self.save()
 
-    def _validate(self) -> None:
-        if self.validate is not None and self.accelerator.is_main_process:
-            self.validate(self.step)
+    def _look(self, last: bool) -> None:
+        """Evaluation and validation, where this step has one."""
+        settings = self.settings
+        interval = settings.evaluation_interval
+        if self.evaluate is not None and interval and (last or self.step % interval == 0):
+            self.evaluate(self.step)
+        if self.validate is not None and (last or self.step % settings.validation_interval == 0):
+            self.halted = self.validate(self.step)
         self.accelerator.wait_for_everyone()
 
     def _step_or_out_of_memory(self, saved_at: int) -> dict[str, float]:
@@ -285,7 +318,7 @@ class Trainer:
             values[f"{turn.role}_lr"] = role.lr
             self._untouched = False
             try:
-                norms[f"{turn.role}_grad_norm"] = role.update(self.accelerator)
+                norms |= {f"{turn.role}_{name}": norm for name, norm in role.update(self.accelerator).items()}
             except FloatingPointError as error:
                 raise FloatingPointError(
                     f"step {step}: the {turn.role}'s gradient is not finite ({dict(values)}); the last checkpoint is "

@@ -1,22 +1,30 @@
-"""Renders the validation prompts: files first (mp4 and a poster), then a row for the log of each."""
+"""Renders the validation prompts: files first (mp4 and a poster), then a row for the log of each.
+
+A video that cannot be made is a failure to report, never the end of a run: sampling and decoding change no weights.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from torch import Tensor
 
+from simpletuner_dmd.config.prompts import file_name
 from simpletuner_dmd.data.video import write_mp4, write_poster
 from simpletuner_dmd.flow import Denoiser, TextEmbedding
+from simpletuner_dmd.validation.measures import Specimen, clip_measures
 from simpletuner_dmd.validation.sampling import VideoSampler
 
 FOLDER = "validation"
+ONCE = ("teacher", "undistilled")
+RENDER_FAILURES = (RuntimeError, MemoryError, OSError, av.FFmpegError)
+"""Out of memory, a broken decoder, a full disk. Anything else is a bug, and loud."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,25 @@ class Scene:
 
     @property
     def file_stem(self) -> str:
-        plain = re.sub(r"[^\w.-]+", "-", self.name).strip("-.")[:80] or "prompt"
         width, height, frames = self.size
-        return f"{plain}-seed{self.seed}-{width}x{height}x{frames}f"
+        return f"{file_name(self.name)}-seed{self.seed}-{width}x{height}x{frames}f"
+
+
+@dataclass
+class Rendering:
+    """What came of one kind of videos: a row for the log of each, its measures, and a sentence for each failure.
+
+    specimens: by the number of the scene.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    specimens: dict[int, Specimen] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def merge(self, other: Rendering) -> None:
+        self.rows += other.rows
+        self.specimens |= other.specimens
+        self.failures += other.failures
 
 
 def to_frames(pixels_3THW: Tensor) -> np.ndarray:
@@ -44,10 +68,10 @@ def to_frames(pixels_3THW: Tensor) -> np.ndarray:
 
 
 class Renderer:
-    """Renders scenes with a network and records each video.
+    """Renders scenes with a network: first all latents, then all pixels, so that network and codec never work at once.
 
-    decode: normalised latents [B, C, F, H, W] to pixels [B, 3, T, H, W] in [-1, 1]. record: takes the fields of one
-    "validation" row; paths in it are relative to the output folder.
+    decode: normalised latents [B, C, F, H, W] to pixels [B, 3, T, H, W] in [-1, 1]. unload: lets go of the codec and
+    empties caches. share: the numbers of the scenes that this process renders; all of them where there is only one.
     """
 
     def __init__(
@@ -56,46 +80,80 @@ class Renderer:
         scenes: Sequence[Scene],
         negative: TextEmbedding,
         decode: Callable[[Tensor], Tensor],
-        record: Callable[[dict[str, Any]], None],
         framerate: float,
         device: torch.device,
+        unload: Callable[[], None] = lambda: None,
+        share: Iterable[int] | None = None,
     ) -> None:
         self.output_dir, self.scenes, self.negative = output_dir, scenes, negative
-        self.decode, self.record, self.framerate, self.device = decode, record, framerate, device
+        self.decode, self.unload, self.framerate, self.device = decode, unload, framerate, device
+        self.share = list(range(len(scenes)) if share is None else share)
 
-    def render(self, denoiser: Denoiser, sampler: VideoSampler, kind: str, step: int) -> list[Path]:
+    def render(self, denoiser: Denoiser, sampler: VideoSampler, kind: str, step: int) -> Rendering:
         """One video per scene under validation/step-NNNNNN/ (or validation/KIND/ for what is rendered once).
 
         kind: "student", "student-ema", "teacher" or "undistilled".
         """
-        once = kind in ("teacher", "undistilled")
-        folder = self.output_dir / FOLDER / (kind if once else f"step-{step:06d}")
-        suffix = "-ema" if kind.endswith("-ema") else ""
-        paths = []
-        for scene in self.scenes:
-            text = scene.text.to(self.device)
-            latents = sampler(
-                denoiser, text, self.negative.to(self.device), (1, *scene.latent_shape), scene.seed, self.device
-            )
-            frames = to_frames(self.decode(latents)[0])
-            path = folder / f"{scene.file_stem}{suffix}.mp4"
-            write_mp4(path, frames, self.framerate)
-            write_poster(path.with_suffix(".png"), frames)
-            width, height, count = scene.size
-            self.record(
-                {
-                    "step": step,
-                    "kind": kind,
-                    "name": scene.name,
-                    "prompt": scene.prompt,
-                    "seed": scene.seed,
-                    "steps": sampler.forwards,
-                    "width": width,
-                    "height": height,
-                    "frames": count,
-                    "file": path.relative_to(self.output_dir).as_posix(),
-                    "poster": path.with_suffix(".png").relative_to(self.output_dir).as_posix(),
-                }
-            )
-            paths.append(path)
-        return paths
+        latents, failures = self.sample(denoiser, sampler)
+        rendering = self.write(latents, kind, step, sampler.forwards)
+        rendering.failures[:0] = failures
+        return rendering
+
+    def sample(self, denoiser: Denoiser, sampler: VideoSampler) -> tuple[dict[int, Tensor], list[str]]:
+        """(number of the scene → latents [C, F, H, W] on the CPU, failures)."""
+        found: dict[int, Tensor] = {}
+        failures = []
+        self.unload()
+        for number in self.share:
+            scene = self.scenes[number]
+            text, negative = scene.text.to(self.device), self.negative.to(self.device)
+            try:
+                latents = sampler(denoiser, text, negative, (1, *scene.latent_shape), scene.seed, self.device)
+                found[number] = latents[0].float().cpu()
+            except RENDER_FAILURES as error:
+                failures.append(f"{scene.name} could not be sampled: {_said(error)}")
+        return found, failures
+
+    def write(self, latents: Mapping[int, Tensor], kind: str, step: int, forwards: int) -> Rendering:
+        """Decodes and writes what `sample` made. forwards: the steps it took, for the log."""
+        rendering = Rendering()
+        folder = self.output_dir / FOLDER / (kind if kind in ONCE else f"step-{step:06d}")
+        for number, values in latents.items():
+            scene = self.scenes[number]
+            try:
+                row, picture = self._written(scene, values, folder, kind, step, forwards)
+            except RENDER_FAILURES as error:
+                rendering.failures.append(f"{scene.name} could not be written: {_said(error)}")
+                continue
+            rendering.rows.append(row)
+            rendering.specimens[number] = Specimen(scene.prompt, scene.seed, scene.size, values, picture)
+        self.unload()
+        return rendering
+
+    def _written(
+        self, scene: Scene, latents: Tensor, folder: Path, kind: str, step: int, forwards: int
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        frames = to_frames(self.decode(latents[None].to(self.device))[0])
+        path = folder / f"{scene.file_stem}{'-ema' if kind.endswith('-ema') else ''}.mp4"
+        write_mp4(path, frames, self.framerate)
+        write_poster(path.with_suffix(".png"), frames)
+        picture = clip_measures(frames)
+        width, height, count = scene.size
+        return {
+            "step": step,
+            "kind": kind,
+            "name": scene.name,
+            "prompt": scene.prompt,
+            "seed": scene.seed,
+            "steps": forwards,
+            "width": width,
+            "height": height,
+            "frames": count,
+            "file": path.relative_to(self.output_dir).as_posix(),
+            "poster": path.with_suffix(".png").relative_to(self.output_dir).as_posix(),
+            "measures": picture,
+        }, picture
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+METRICS = "metrics.jsonl"
 KINDS = ("teacher", "undistilled", "student", "student-ema")
 KIND_TITLES = {"teacher": "Teacher", "undistilled": "Undistilled", "student": "Student", "student-ema": "Student (EMA)"}
-MAX_POINTS = 1500
-"""Points of a curve in the page; a longer run is averaged in even buckets."""
+FIGURES = ("measures", "critic", "evaluation", "health")
+"""Events of a validation that hold figures."""
 
 Row = dict[str, Any]
 
@@ -39,22 +40,17 @@ class Clip(NamedTuple):
 
 
 @dataclass
-class Chart:
-    """title, unit ("" | "bytes" | "s"), one x per point and one list of y (None: no value) per series."""
-
-    title: str
-    unit: str
-    x: list[float]
-    series: dict[str, list[float | None]]
-
-
-@dataclass
 class Run:
-    """What the folder says. steps: the step rows by number, the latest of a number winning (a resumed run)."""
+    """What the folder says.
+
+    steps: the step rows by number, the latest of a number winning (a resumed run). figures: by event (FIGURES), then by
+    step and kind, likewise. events: every other row.
+    """
 
     folder: Path
     steps: dict[int, Row] = field(default_factory=dict)
     events: list[Row] = field(default_factory=list)
+    figures: dict[str, dict[tuple[int, str], Row]] = field(default_factory=dict)
     clips: dict[Prompt, list[Clip]] = field(default_factory=dict)
     config: dict[str, Row] = field(default_factory=dict)
     distill: Row = field(default_factory=dict)
@@ -62,6 +58,19 @@ class Run:
     @property
     def last_step(self) -> int:
         return max(self.steps, default=0)
+
+    @property
+    def name(self) -> str:
+        return str(self.distill.get("run_name") or self.option("tracker_run_name") or self.folder.resolve().name)
+
+    def measured(self, event: str) -> list[Row]:
+        """The rows of one of FIGURES, in the order of their steps."""
+        rows = self.figures.get(event, {})
+        return [rows[key] for key in sorted(rows)]
+
+    def validation_steps(self) -> list[int]:
+        """Steps at which a student was rendered."""
+        return sorted({clip.step for clips in self.clips.values() for clip in clips if clip.kind.startswith("student")})
 
     def option(self, key: str, otherwise: Any = "") -> Any:
         """The value of a config key, with or without leading dashes."""
@@ -74,14 +83,16 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Reads metrics.jsonl, config.resolved.json and export/distill.json of a run."""
     run = Run(folder)
-    for row in _read_lines(folder / "metrics.jsonl"):
+    for row in _read_lines(folder / METRICS):
         event = row.get("event", "step" if "step" in row else "")
         step = row.get("step")
         if event == "step" and isinstance(step, int):
             run.steps[step] = row
         elif event == "validation":
             _add_clip(run, row)
-        elif event:
+        elif event in FIGURES and isinstance(step, int):
+            run.figures.setdefault(event, {})[step, str(row.get("kind", ""))] = row
+        elif event and event != "video":
             run.events.append(row)
     for key, entry in _read_object(folder / "config.resolved.json").items():
         run.config[str(key)] = entry if isinstance(entry, dict) and "value" in entry else {"value": entry, "origin": ""}
@@ -91,73 +102,26 @@ def read_run(folder: Path) -> Run:
 
 def state(run: Run) -> tuple[str, str]:
     """(a word for the style sheet, the state in words)."""
-    named = {"finish": "finished", "finished": "finished", "end": "finished", "done": "finished",
-             "error": "failed", "failed": "failed", "crash": "failed"}  # fmt: skip
+    at = f"at step {run.last_step}"
     for row in reversed(run.events):
-        if row["event"] == "start":
-            break
-        word = named.get(row["event"])
-        if word == "failed":
-            reason = row.get("message") or row.get("reason") or ""
-            return "failed", f"failed at step {run.last_step}" + (f": {reason}" if reason else "")
-        if word == "finished":
-            return "finished", f"finished at step {run.last_step}"
+        match row["event"]:
+            case "start":
+                break
+            case "error":
+                return "failed", f"failed {at}" + (f": {row['message']}" if row.get("message") else "")
+            case "stopped":
+                return "failed", f"stopped {at}: {row.get('reason', 'a red light')}"
+            case "interrupted":
+                return "open", f"interrupted {at}"
+            case "finish":
+                return "finished", f"finished {at}"
     if not run.steps and not run.events:
         return "empty", "nothing logged yet"
-    return "open", f"at step {run.last_step}"
+    return "open", at
 
 
-def charts(run: Run) -> list[Chart]:
-    """Every number of the step rows, kindred ones on one chart, losses first."""
-    rows = [run.steps[step] for step in sorted(run.steps)]
-    # "step" is the axis; the others count or tell the time and draw a straight line
-    dull = {"step", "event", "time", "timestamp", "epoch", "elapsed", "samples"}
-    names = [name for name in dict.fromkeys(key for row in rows for key in row) if name not in dull]
-    names = [name for name in names if any(_number(row.get(name)) is not None for row in rows)]
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(_group(name), []).append(name)
-    order = sorted(groups, key=lambda title: (_rank(title), list(groups).index(title)))
-    result = []
-    for title in order:
-        unit = "bytes" if "bytes" in title else "s" if title.endswith("seconds") else ""
-        used = [row for row in rows if any(_number(row.get(name)) is not None for name in groups[title])]
-        columns = [[float(row["step"]) for row in used],
-                   *([_number(row.get(name)) for row in used] for name in groups[title])]  # fmt: skip
-        x, *series = _thinned(columns)
-        result.append(Chart(title, unit, [value or 0.0 for value in x], dict(zip(groups[title], series, strict=True))))
-    return result
-
-
-def _group(name: str) -> str:
-    if name == "lr" or name.endswith(("_lr", "/lr")) or name.startswith("lr_"):
-        return "learning rate"
-    if "grad_norm" in name:
-        return "gradient norm"
-    return name
-
-
-def _rank(title: str) -> int:
-    if "loss" in title:
-        return 0
-    return {"gradient norm": 1, "learning rate": 2, "step_seconds": 3, "peak_bytes": 4}.get(title, 5)
-
-
-def _thinned(columns: list[Any]) -> list[list[float | None]]:
-    """At most MAX_POINTS rows, each the mean of its bucket."""
-    count = len(columns[0])
-    size = math.ceil(count / MAX_POINTS)
-    if size <= 1:
-        return columns
-    return [[_mean(column[start : start + size]) for start in range(0, count, size)] for column in columns]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
-    return sum(present) / len(present) if present else None
-
-
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A finite number, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
@@ -173,9 +137,9 @@ def _add_clip(run: Run, row: Row) -> None:
     seed = row.get("seed")
     text = str(row.get("prompt", row.get("name", "")))
     prompt = Prompt(str(row.get("name", text)), text, seed if isinstance(seed, int) else None,
-                    *(int(_number(row.get(key)) or 0) for key in ("width", "height", "frames")))  # fmt: skip
+                    *(int(number(row.get(key)) or 0) for key in ("width", "height", "frames")))  # fmt: skip
     clips = run.clips.setdefault(prompt, [])
-    clip = Clip(kind, int(_number(row.get("step")) or 0), row.get("steps"), file, poster)
+    clip = Clip(kind, int(number(row.get("step")) or 0), row.get("steps"), file, poster)
     # A resumed run renders a step again: the later file is the one on disk.
     clips[:] = [other for other in clips if (other.kind, other.step) != (clip.kind, clip.step)] + [clip]
 
@@ -184,6 +148,11 @@ def _inside(folder: Path, name: str) -> bool:
     """Whether the file is there, below the folder, and not named by an absolute path or a way out."""
     path = Path(name)
     return not path.is_absolute() and ".." not in path.parts and (folder / path).is_file()
+
+
+def recorded(folder: Path, event: str) -> Iterator[Row]:
+    """The rows of one kind in a run's metrics.jsonl, in order; none where there is no file."""
+    return (row for row in _read_lines(folder / METRICS) if row.get("event") == event)
 
 
 def _read_lines(path: Path) -> Iterable[Row]:

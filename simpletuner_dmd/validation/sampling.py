@@ -23,6 +23,7 @@ from simpletuner_dmd.flow import (
     sample_euler,
     sample_few_step,
 )
+from simpletuner_dmd.validation.solvers import Guidance, SkipLayers, scheduler_of, solve
 
 
 def reference_noise(seed: int, shape: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, NoiseSource]:
@@ -68,9 +69,10 @@ class BlockSampling:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How one network is sampled: a few-step ladder, or Euler steps with guidance where the ladder is empty.
+    """How one network is sampled: a few-step ladder, or a stock solver with guidance where the ladder is empty.
 
-    blocks: of a causal student, which walks its ladder block by block.
+    blocks: of a causal student, which walks its ladder, or Euler steps, block by block. solver: "euler", "unipc" or
+    "euler-beta". guidance, rescale, skip: of a solver; the guidance of a ladder is built into its student.
     """
 
     schedule: Schedule
@@ -78,6 +80,9 @@ class Sampler:
     steps: int = 50
     guidance: float = 1.0
     blocks: BlockSampling | None = None
+    solver: str = "euler"
+    rescale: float = 0.0
+    skip: SkipLayers | None = None
 
     @property
     def forwards(self) -> int:
@@ -102,11 +107,17 @@ class Sampler:
             return torch.cat(list(self.stream(denoiser, first, fresh, text)), dim=2)
         if self.schedule.ladder:
             return sample_few_step(denoiser, first, text, self.schedule, self.renoise, fresh)
-        sigmas = euler_sigmas(self.steps, self.schedule.shift)
         if self.blocks is not None:
+            sigmas = euler_sigmas(self.steps, self.schedule.shift)
             plan, student = self.blocks.plan(first.shape[2]), cast(CausalDenoiser, denoiser)
             return sample_blocks_euler(student, first, text, negative, sigmas, self.guidance, plan)
-        return sample_euler(denoiser, first, text, negative, sigmas, self.guidance)
+        guidance = Guidance(self.guidance, self.rescale, self.skip)
+        scheduler = scheduler_of(self.solver, self.steps, self.schedule.shift)
+        return solve(
+            scheduler,
+            first,
+            lambda x, sigma_B, step: guidance.velocity(denoiser, x, sigma_B, text, negative, step, self.steps),
+        )
 
     def stream(self, denoiser: Denoiser, first: Tensor, fresh: NoiseSource, text: TextEmbedding) -> Iterator[Tensor]:
         """Each block [B, C, f, H, W] of a causal student's video as soon as it is finished."""

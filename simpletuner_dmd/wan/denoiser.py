@@ -67,6 +67,14 @@ class WanDenoiser:
         with BlockRunner.of(self.transformer).asked(router=Router(self.routes, routed)):
             return self._forward(x_t_BCFHW, sigma, text, gradients=True).float()
 
+    @torch.no_grad()
+    def velocity_without(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, blocks: Sequence[int]) -> Tensor:
+        """As `velocity`, with these blocks (counted from 0) left out: what skip-layer guidance pushes away from."""
+        assert all(0 <= block < self.depth for block in blocks), f"blocks {blocks} of {self.depth}"
+        # The model calls the runner only while gradients are on.
+        with BlockRunner.of(self.transformer).asked(skipped=blocks, without_graph=True), torch.enable_grad():
+            return self._forward(x_t_BCFHW, sigma, text, gradients=False).detach().float()
+
     def features(self, x_t_BCFHW: Tensor, sigma: Tensor, text: TextEmbedding, blocks: Sequence[int]) -> list[Tensor]:
         """The outputs of the given blocks (counted from 0), [B, N, D] fp32 each; blocks after the last do not run.
 

@@ -67,6 +67,7 @@ class BlockRunner:
         self.recompute = recompute
         self._router: Router | None = None
         self._taps: Taps | None = None
+        self._skipped: frozenset[int] = frozenset()
         self._without_graph = False
         network: Any = transformer  # a stock WanTransformer3DModel
         network.enable_gradient_checkpointing(gradient_checkpointing_func=self)
@@ -81,21 +82,31 @@ class BlockRunner:
 
     @contextmanager
     def asked(
-        self, *, router: Router | None = None, taps: Taps | None = None, without_graph: bool = False
+        self,
+        *,
+        router: Router | None = None,
+        taps: Taps | None = None,
+        skipped: Sequence[int] = (),
+        without_graph: bool = False,
     ) -> Iterator[None]:
-        """What the one forward inside is to do. without_graph: each block runs under no_grad."""
-        assert self._router is None and self._taps is None, "one forward at a time"
+        """What the one forward inside is to do. skipped: blocks that do not run, their input is their output.
+        without_graph: each block runs under no_grad."""
+        assert self._router is None and self._taps is None and not self._skipped, "one forward at a time"
         self._router, self._taps, self._without_graph = router, taps, without_graph
+        self._skipped = frozenset(skipped)
         try:
             yield
         finally:
             self._router, self._taps, self._without_graph = None, None, False
+            self._skipped = frozenset()
 
     def __call__(self, block: nn.Module, x_BND: Tensor, text: Tensor, modulation: Tensor, rotary: Rotary) -> Tensor:
         router, taps = self._router, self._taps
-        if router is None and taps is None:
+        if router is None and taps is None and not self._skipped:
             return self._run(block, x_BND, text, modulation, rotary)
         index = self._index(block)
+        if index in self._skipped:
+            return x_BND
         if taps is not None and index > taps.last:
             return x_BND  # skipped, not stopped by an exception: the rest of the model's forward runs as ever
         if router is not None:

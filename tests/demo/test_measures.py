@@ -8,83 +8,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 
 from simpletuner_dmd.demo import measures, shapes
-from simpletuner_dmd.demo.measures import Observation, energy_distance, gap_closed, obedience, obeys, read_clip
-
-# --- energy distance ------------------------------------------------------------------------------------------------
-
-
-def normal(count, dimension, seed, mean=0.0):
-    generator = torch.Generator().manual_seed(seed)
-    return mean + torch.randn(count, dimension, generator=generator, dtype=torch.float64)
-
-
-def mean_absolute_normal(mean, spread):
-    """E|z| of z ~ N(mean, spread^2), the folded normal's mean."""
-    z = mean / spread
-    return spread * math.sqrt(2 / math.pi) * math.exp(-(z**2) / 2) + mean * math.erf(z / math.sqrt(2))
-
-
-def test_energy_distance_of_two_gaussians_is_the_closed_form():
-    # In one dimension x - y ~ N(d, 2): 2 E|x - y| - E|x - x'| - E|y - y'| in terms of the folded normal.
-    shift = 1.5
-    expected = 2 * mean_absolute_normal(shift, math.sqrt(2)) - 2 * mean_absolute_normal(0.0, math.sqrt(2))
-    actual = energy_distance(normal(4000, 1, 0), normal(3000, 1, 1, mean=shift))
-    assert actual == pytest.approx(expected, rel=0.05)
-
-
-def test_energy_distance_equals_plain_sums():
-    x, y = normal(7, 5, 0), normal(4, 5, 1, mean=0.3)
-
-    def mean_distance(pairs):
-        distances = [float((a - b).norm()) for a, b in pairs]
-        return sum(distances) / len(distances)
-
-    expected = (
-        2 * mean_distance([(a, b) for a in x for b in y])
-        - mean_distance([(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
-        - mean_distance([(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
-    ) / math.sqrt(5)
-    assert energy_distance(x, y) == pytest.approx(expected, abs=1e-12)
-
-
-def test_energy_distance_is_unbiased_where_the_distributions_are_equal():
-    # The biased form (a sample meets itself) would average to about 2 * sqrt(2) / 20 = 0.14.
-    values = [energy_distance(normal(20, 8, 2 * seed), normal(20, 8, 2 * seed + 1)) for seed in range(200)]
-    standard_error = np.std(values) / math.sqrt(len(values))
-    assert abs(np.mean(values)) < 3 * standard_error
-    assert standard_error < 0.003
-    assert min(values) < 0 < max(values)
-
-
-def test_energy_distance_knows_neither_order_nor_side_nor_chunks(monkeypatch):
-    x, y = normal(33, 6, 0).reshape(33, 2, 3), normal(17, 6, 1, mean=0.5).reshape(17, 2, 3)
-    order = torch.randperm(33, generator=torch.Generator().manual_seed(2))
-    whole = energy_distance(x, y)
-    assert energy_distance(x[order], y) == pytest.approx(whole, abs=1e-12)
-    assert energy_distance(y, x) == pytest.approx(whole, abs=1e-12)
-    monkeypatch.setattr(measures, "CHUNK", 5)
-    assert energy_distance(x, y) == pytest.approx(whole, abs=1e-12)
-
-
-def test_energy_distance_does_not_grow_with_the_dimension():
-    """Divided by sqrt(dimension), a shift of every element by 1 costs about as much in 100 dimensions as in 400."""
-    figures = [energy_distance(normal(200, d, 0), normal(200, d, 1, mean=1.0)) for d in (100, 400)]
-    assert figures[0] == pytest.approx(figures[1], rel=0.05)
-
-
-def test_energy_distance_in_fp64_survives_a_large_common_offset():
-    x, y = normal(30, 4, 0).float(), normal(30, 4, 1, mean=0.5).float()
-    assert energy_distance(x, y) == pytest.approx(energy_distance(x.double() + 1000, y.double() + 1000), abs=1e-6)
-
-
-def test_energy_distance_refuses_what_it_cannot_compare():
-    with pytest.raises(ValueError, match="two samples"):
-        energy_distance(normal(1, 3, 0), normal(5, 3, 1))
-    with pytest.raises(ValueError, match="cannot be compared"):
-        energy_distance(normal(5, 3, 0), normal(5, 4, 1))
+from simpletuner_dmd.demo.measures import Observation, gap_closed, obedience, obeys, read_clip
 
 
 def test_gap_closed():

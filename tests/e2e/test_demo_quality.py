@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from simpletuner_dmd.cli.main import main
 from simpletuner_dmd.demo import shapes
-from simpletuner_dmd.demo.measures import energy_distance
 from simpletuner_dmd.demo.path import model_path
 from simpletuner_dmd.demo.skeleton import SHIFT, TEXT_ROWS
 from simpletuner_dmd.flow import (
@@ -23,6 +22,7 @@ from simpletuner_dmd.flow import (
     uniform_ladder,
 )
 from simpletuner_dmd.randomness import generator
+from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder
 from simpletuner_dmd.wan.loading import Storage, load_transformer

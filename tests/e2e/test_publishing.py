@@ -42,7 +42,8 @@ def test_the_export_is_loaded_back_by_a_process_of_its_own_after_the_training_is
 
     monkeypatch.setattr(run_module.TrainingRun, "_put_together", remembering)
     monkeypatch.setattr(run_module, "load_back", watched)
-    project = make_project(max_train_steps=2)
+    # With validation: what judges the run holds its networks too.
+    project = make_project(max_train_steps=2, validation_disable=False, disable_benchmark=True, use_ema=True)
     assert project.train() == 0
     gc.collect()
     assert networks and alive == [0]

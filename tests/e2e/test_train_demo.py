@@ -96,7 +96,7 @@ def test_videos_of_student_teacher_and_undistilled_decode(finished: Project) -> 
     validation = finished.output / "validation"
     prompts = 6
     expected = {"teacher": "", "undistilled": "", "step-000004": "-ema", "step-000008": "-ema"}
-    assert {path.name for path in validation.iterdir()} == set(expected)
+    assert {path.name for path in validation.iterdir()} == {*expected, "references.json"}
     for folder, suffix in expected.items():
         videos = sorted((validation / folder).glob("*.mp4"))
         assert len(videos) == prompts

@@ -120,7 +120,7 @@ def test_clipping_by_value_bounds_every_element(make_project: ProjectMaker, monk
     seen: list[float] = []
     update = RoleOptimizer.update
 
-    def watched(role: RoleOptimizer, accelerator: Any) -> float:
+    def watched(role: RoleOptimizer, accelerator: Any) -> dict[str, float]:
         handle = role.optimizer.register_step_pre_hook(
             lambda optimizer, *_: seen.append(max(float(p.grad.abs().max()) for p in role.tensors))  # type: ignore[union-attr]
         )

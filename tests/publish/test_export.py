@@ -10,10 +10,13 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from simpletuner_dmd.config.health import BANDS
 from simpletuner_dmd.flow import Schedule, uniform_ladder
 from simpletuner_dmd.publish import record
 from simpletuner_dmd.publish.export import export_full, export_lora
 from simpletuner_dmd.publish.info import decimals
+from simpletuner_dmd.training.tracking import Tracking
+from simpletuner_dmd.validation.health import Knobs, Signs, judge, worst
 
 from .conftest import ALPHA, RANK, SDE3, make_info
 
@@ -184,7 +187,7 @@ def test_the_card_says_how_the_run_was(tmp_path, lora):
     (block,) = re.findall(r"^(`{4,})json\n(.*?)\n\1$", body, re.DOTALL | re.MULTILINE)
     assert json.loads(block[1]) == {"prompt": "a ``` b", "seed": 5}
     document = json.loads((tmp_path / "distill.json").read_text())
-    assert document["extracted"] == found and document["health"][0]["light"] == "yellow"
+    assert document["extracted"] == found and document["health"][0]["colour"] == "yellow"
     assert json.loads(metadata(tmp_path / "comfyui" / "my-run.safetensors")["simpletuner_dmd.extracted"]) == found
 
 
@@ -195,16 +198,28 @@ def test_what_a_run_recorded_is_taken_over(tmp_path):
         {"event": "validation", "step": 2, "kind": "student-ema", "file": "ema.mp4", "prompt": "a"},
         {"event": "validation", "step": 2, "kind": "student-ema", "file": "gone.mp4", "prompt": "b"},
         {"event": "validation", "step": 0, "kind": "teacher", "file": "teacher.mp4", "prompt": "a"},
-        {"event": "health", "step": 1, "lights": [{"light": "red", "name": "motion", "sentence": "frozen"}]},
-        {"event": "health", "step": 2, "lights": [{"light": "green", "name": "motion", "sentence": "as it should"}]},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"event": "vali')
     for name in ("old", "raw", "ema", "teacher"):
         (tmp_path / f"{name}.mp4").write_bytes(name.encode())
     assert record.copy_videos(tmp_path, tmp_path / "export") == (("a", "videos/ema.mp4"),)
     assert (tmp_path / "export" / "videos" / "ema.mp4").read_bytes() == b"ema"
-    assert record.last_health(tmp_path) == (("green", "motion", "as it should"),)
+    assert record.copy_videos(tmp_path, tmp_path / "first", step=1) == (("a", "videos/old.mp4"),)
     assert record.last_health(tmp_path / "nothing") == record.copy_videos(tmp_path / "nothing", tmp_path / "b") == ()
+
+
+def test_health_is_that_of_the_newest_validation_up_to_the_checkpoint(tmp_path):
+    """Rows and lights as training writes them."""
+    tracking = Tracking(tmp_path)
+    for step, motion in ((1, 0.3), (2, 0.5), (3, 1.0)):
+        lights = judge(Signs({"motion": motion}, {}), BANDS, Knobs())
+        tracking.event("health", step=step, colour=worst(lights), score=None, best=False,
+                       lights=[light.as_dict() for light in lights])  # fmt: skip
+    tracking.close()
+    assert record.last_health(tmp_path) == (("green", "motion", "motion is 100% of the teacher's"),)
+    yellow = ("yellow", "motion", "motion is 50% of the teacher's: stop earlier or lower guidance")
+    assert record.last_health(tmp_path, step=2) == (yellow,)
+    assert record.last_health(tmp_path, step=0) == ()
 
 
 def test_settings_are_shown_without_the_machine(tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -202,3 +203,22 @@ def test_an_animated_picture_is_small(tmp_path):
     with Image.open(io.BytesIO(picture)) as opened:
         assert (opened.n_frames, opened.size, (width, height)) == (34, (320, 160), (320, 160))
         assert abs(opened.info["duration"] - 3000 / 16) < 10  # GIF counts in hundredths of a second
+
+
+def test_figures_are_a_row_and_numbers_for_the_trackers(tmp_path: Path) -> None:
+    class Noting:
+        seen: list[tuple[dict[str, float], int]] = []
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.seen.append((values, step))
+
+        def finish(self) -> None:
+            pass
+
+    tracking = Tracking(tmp_path)
+    tracking.trackers["noting"] = Noting()
+    tracking.measured("measures", 20, kind="student", videos=3, motion=0.5, of_teacher={"motion": 0.8}, channels=[1.0])
+    tracking.close()
+    assert Noting.seen == [({"student/measures/motion": 0.5, "student/measures/of_teacher.motion": 0.8}, 20)]
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["event"] == "measures" and row["step"] == 20 and row["channels"] == [1.0] and row["videos"] == 3

@@ -117,7 +117,7 @@ def set_converted(draft: Draft, datasets: list[dict[str, Any]] | None, prompts: 
     if prompts is not None:
         draft.datasets = [{"id": "training", "dataset_type": "prompts", "instance_data_dir": prompts,
                            "resolution": f"{width}x{height}",
-                           "video": {"num_frames": frames_4n1(options.validation_num_video_frames)}}]  # fmt: skip
+                           "video": {"num_frames": frames_4n1(options.validation_num_video_frames[0])}}]  # fmt: skip
 
 
 # --- its shape --------------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def set_converted(draft: Draft, datasets: list[dict[str, Any]] | None, prompts: 
 def shape(draft: Draft) -> tuple[str, int]:
     """(width x height, frames) of the training videos: what the data file says, else what validation renders."""
     entry, options = entry_of(draft) or {}, draft.options
-    size, frames = "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames
+    size, frames = "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames[0]
     video = entry.get("video")
     if isinstance(video, dict) and isinstance(video.get("num_frames"), int):
         frames = frames_4n1(video["num_frames"])
@@ -192,7 +192,7 @@ def reset_shape(draft: Draft) -> None:
     for key in ("validation_resolution", "validation_num_video_frames", "distillation_config.num_training_frames"):
         draft.set(key, None)
     options = draft.options
-    set_shape(draft, "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames)
+    set_shape(draft, "x".join(map(str, options.validation_resolution[0])), options.validation_num_video_frames[0])
 
 
 # --- what it holds ----------------------------------------------------------------------------------------------------

@@ -1,153 +1,193 @@
 "use strict";
 // The page is complete without this script except for the curves; it adds common playback and the step slider.
-const data = JSON.parse(document.getElementById("data").textContent);
+let data = JSON.parse(document.getElementById("data").textContent);
+const byId = id => document.getElementById(id);
 
-// --- playback: the videos of a prompt start together, and start again when the last of them has ended --------------
-const playButton = document.getElementById("play");
-const speed = document.getElementById("speed");
-const slider = document.getElementById("step");
-const rows = [...document.querySelectorAll(".prompt")];
+// --- videos: those of a line play together, and start again when the last of them has ended ------------------------
+const FRAME = 0.04; // seconds that videos of a line may drift apart
 let playing = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+let lines = [];
+let watcher = null;
 const visible = new Set();
 
-const videosOf = row => [...row.querySelectorAll("video")].filter(video => !video.hidden);
+const videosOf = line => [...line.querySelectorAll("video")].filter(video => !video.hidden);
+const lengthOf = line => Math.max(0, ...videosOf(line).map(video => video.duration || 0));
+const firstVisible = () => lines.find(line => visible.has(line) && lengthOf(line) > 0);
 
-function startTogether(row) {
-  for (const video of videosOf(row)) {
-    video.currentTime = 0;
-    video.playbackRate = Number(speed.value);
-    if (playing && visible.has(row)) video.play().catch(() => {});
+function seekLine(line, seconds) {
+  for (const video of videosOf(line)) {
+    video.currentTime = Math.min(seconds, video.duration || seconds);
+    video.playbackRate = Number(byId("speed").value);
+    if (playing && visible.has(line)) video.play().catch(() => {});
+    else video.pause();
+  }
+}
+
+function showTime(share, seconds) {
+  const words = `${seconds.toFixed(1)} s`;
+  byId("seek").value = Math.round(share * 1000);
+  byId("seek").setAttribute("aria-valuetext", `${seconds.toFixed(1)} seconds`);
+  byId("seek-value").textContent = words;
+}
+
+// The longest video of a line leads; the others are put beside it where they have drifted.
+function keepTogether() {
+  for (const line of visible) {
+    const videos = videosOf(line).filter(video => video.readyState > 1 && !video.seeking);
+    if (videos.length === 0) continue;
+    const leader = videos.reduce((one, other) => (other.duration > one.duration ? other : one));
+    for (const video of videos) {
+      const wanted = Math.min(leader.currentTime, video.duration);
+      if (playing && Math.abs(video.currentTime - wanted) > FRAME && !video.ended) video.currentTime = wanted;
+    }
+    if (line === firstVisible()) showTime(leader.currentTime / leader.duration, leader.currentTime);
   }
 }
 
 function setPlaying(now) {
   playing = now;
-  playButton.textContent = playing ? "Pause" : "Play";
-  playButton.setAttribute("aria-pressed", String(playing));
-  for (const row of rows) {
-    if (playing && visible.has(row)) startTogether(row);
-    else videosOf(row).forEach(video => video.pause());
+  byId("play").textContent = playing ? "Pause" : "Play";
+  for (const line of lines) {
+    if (!playing || !visible.has(line)) videosOf(line).forEach(video => video.pause());
+    else if (videosOf(line).every(video => video.ended)) seekLine(line, 0);
+    else seekLine(line, Math.max(0, ...videosOf(line).map(video => video.currentTime)));
   }
 }
 
-if (playButton) {
-  for (const row of rows) {
-    for (const video of row.querySelectorAll("video")) {
-      video.loop = false;
-      video.autoplay = false;
-      video.addEventListener("ended", () => {
-        if (videosOf(row).every(other => other.ended || other.error)) startTogether(row);
-      });
-    }
+// All lines at the same share of their length.
+function seekAll(share) {
+  for (const line of lines) {
+    const seconds = share * lengthOf(line);
+    for (const video of videosOf(line)) video.currentTime = Math.min(seconds, video.duration || seconds);
+    if (line === firstVisible()) showTime(share, seconds);
   }
-  // Only what is on the screen plays: a report may hold hundreds of videos.
-  const watcher = new IntersectionObserver(entries => {
-    for (const { target, isIntersecting } of entries) {
-      if (isIntersecting) { visible.add(target); startTogether(target); }
-      else { visible.delete(target); videosOf(target).forEach(video => video.pause()); }
-    }
-  });
-  rows.forEach(row => watcher.observe(row));
-  playButton.addEventListener("click", () => setPlaying(!playing));
-  speed.addEventListener("change", () => rows.forEach(row => videosOf(row).forEach(video => {
-    video.playbackRate = Number(speed.value);
-  })));
-  setPlaying(playing);
 }
 
-// --- the step slider ------------------------------------------------------------------------------------------------
 function showStep(index) {
-  const step = data.steps[index];
-  document.getElementById("step-value").textContent = step;
-  slider.setAttribute("aria-valuetext", `step ${step}`);
-  for (const row of rows) {
-    const clips = data.prompts[Number(row.dataset.prompt)][index];
-    for (const figure of row.querySelectorAll("figure")) {
-      const clip = clips[figure.dataset.kind];
+  const { steps, columns, prompts, texts } = data.videos;
+  byId("step").value = index;
+  byId("step-value").textContent = steps[index];
+  byId("step").setAttribute("aria-valuetext", `step ${steps[index]} of ${steps.at(-1)}`);
+  byId("earlier").disabled = index === 0;
+  byId("later").disabled = index === steps.length - 1;
+  for (const line of lines) {
+    const number = Number(line.dataset.prompt);
+    const at = Math.max(0, ...videosOf(line).map(video => video.currentTime));
+    let changed = false;
+    for (const figure of line.querySelectorAll("figure")) {
+      const column = columns[figure.dataset.column];
+      const clip = prompts[number][figure.dataset.column][column.moves ? column.at[index] : "any"];
       const video = figure.querySelector("video");
       video.hidden = !clip;
       figure.querySelector(".missing").hidden = Boolean(clip);
-      figure.querySelector(".steps").textContent = clip ? clip.steps : "";
-      if (clip && video.getAttribute("src") !== clip.src) {
-        if (clip.poster) video.poster = clip.poster; else video.removeAttribute("poster");
-        video.src = clip.src;
-      }
+      figure.querySelector(".about").textContent = clip ? clip.about : "";
+      if (!clip) { video.pause(); continue; }
+      video.setAttribute("aria-label", `${column.title}, ${clip.about}: ${texts[number]}`);
+      if (video.getAttribute("src") === clip.src) continue;
+      changed = true;
+      if (clip.poster) video.poster = clip.poster; else video.removeAttribute("poster");
+      video.src = clip.src;
     }
-    startTogether(row);
+    // The same moment of the other step's video, so that the eye compares like with like.
+    if (changed && visible.has(line)) { load(line); seekLine(line, at); }
   }
 }
-if (slider) slider.addEventListener("input", () => showStep(Number(slider.value)));
 
-// --- curves ---------------------------------------------------------------------------------------------------------
-const number = (value, unit) => {
-  if (value == null) return "–";
-  if (unit === "bytes") return `${(value / 2 ** 30).toPrecision(3)} GiB`;
-  const size = Math.abs(value);
-  if (size && (size < 1e-3 || size >= 1e5)) return value.toExponential(1).replace("e+", "e");
-  return String(Number(value.toPrecision(4)));
-};
-
-// A running mean over a thirtieth of the run, so that a trend shows through the noise of single steps.
-function smoothed(values) {
-  const keep = 1 - 1 / Math.max(1, values.length / 30);
-  let mean = null;
-  return values.map(value => {
-    if (value == null) return mean;
-    mean = mean == null ? value : keep * mean + (1 - keep) * value;
-    return mean;
-  });
+// Nothing is read before it is on the screen: a report may hold hundreds of videos.
+function load(line) {
+  for (const video of videosOf(line)) if (video.readyState === 0) video.preload = "auto";
 }
 
-let plots = [];
-function drawCharts() {
-  plots.forEach(plot => plot.destroy());
-  const style = getComputedStyle(document.documentElement);
-  const colour = name => style.getPropertyValue(name).trim();
-  const axis = { stroke: colour("--soft"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false },
-    font: "12px system-ui, sans-serif" };
-  plots = data.charts.map((chart, index) => {
-    const box = document.querySelector(`[data-chart="${index}"]`);
-    const noisy = chart.x.length > 40 && chart.title !== "Learning rate" && chart.unit !== "bytes";
-    // Without a pointer on the chart uPlot asks for the value of no point: show the last one.
-    const value = (plot, raw, k, at) => number(at == null ? plot.data[k].at(-1) : raw, chart.unit);
-    const step = (plot, raw, k, at) => String(Math.round(at == null ? plot.data[0].at(-1) : raw));
-    const series = [{ label: "Step", value: step }];
-    const columns = [chart.x];
-    chart.series.forEach((values, k) => {
-      const stroke = colour(`--series-${k % 4 + 1}`);
-      const dots = { show: chart.x.length < 2 };
-      if (noisy) {
-        series.push({ label: chart.labels[k], stroke: stroke + "55", width: 1, value, points: dots });
-        columns.push(values);
-      }
-      const label = noisy ? "mean" : chart.labels[k];
-      series.push({ label, stroke, width: 2, value, points: dots });
-      columns.push(noisy ? smoothed(values) : values);
-    });
-    return new uPlot({
-      width: box.clientWidth, height: 190, series,
-      cursor: { sync: { key: "step" }, y: false },
-      scales: { x: { time: false } },
-      axes: [{ ...axis, size: 32 }, { ...axis, size: 62, values: (_, ticks) => ticks.map(tick => number(tick, chart.unit)) }],
-    }, columns, box);
-  });
-}
-drawCharts();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawCharts);
-addEventListener("resize", () => plots.forEach(plot => {
-  plot.setSize({ width: plot.root.parentElement.clientWidth, height: 190 });
-}));
-
-// --- copying the snippet --------------------------------------------------------------------------------------------
-for (const button of document.querySelectorAll("[data-copy]")) {
-  button.addEventListener("click", async () => {
-    const text = document.getElementById(button.dataset.copy);
-    try {
-      await navigator.clipboard.writeText(text.textContent);
-      button.textContent = "Copied";
-    } catch {
-      getSelection().selectAllChildren(text); // no clipboard from file:// in some browsers: select it instead
-      button.textContent = "Selected";
+function startVideos() {
+  watcher?.disconnect();
+  visible.clear();
+  lines = [...document.querySelectorAll(".prompt")];
+  if (!byId("play")) return;
+  document.querySelector(".bar").hidden = false;
+  for (const line of lines) {
+    for (const video of line.querySelectorAll("video")) {
+      video.controls = false;
+      video.addEventListener("ended", () => {
+        if (playing && videosOf(line).every(other => other.ended || other.error)) seekLine(line, 0);
+      });
+    }
+  }
+  watcher = new IntersectionObserver(entries => {
+    for (const { target, isIntersecting } of entries) {
+      if (isIntersecting) { visible.add(target); load(target); seekLine(target, 0); }
+      else { visible.delete(target); videosOf(target).forEach(video => video.pause()); }
     }
   });
+  lines.forEach(line => watcher.observe(line));
+  byId("play").addEventListener("click", () => setPlaying(!playing));
+  byId("seek").addEventListener("input", event => { setPlaying(false); seekAll(event.target.value / 1000); });
+  byId("speed").addEventListener("change", () => lines.forEach(line => videosOf(line).forEach(video => {
+    video.playbackRate = Number(byId("speed").value);
+  })));
+  const slider = byId("step");
+  slider?.addEventListener("input", () => showStep(Number(slider.value)));
+  for (const [id, way] of [["earlier", -1], ["later", 1]]) {
+    byId(id)?.addEventListener("click", () => showStep(Number(slider.value) + way));
+  }
+  if (slider) showStep(Number(slider.value));
+  setPlaying(playing);
 }
+setInterval(keepTogether, 100);
+
+// --- a newer page of the same run, as `simpletuner report --serve` hands it out -------------------------------------
+function replace(id, newer) {
+  const [here, there] = [document, newer].map(page => page.querySelector(`#${id} > .body, #${id} > details > .body`) ??
+    page.getElementById(id));
+  const open = [...here.querySelectorAll("details[open]")].map(details => details.id);
+  here.innerHTML = there.innerHTML;
+  open.forEach(name => byId(name)?.setAttribute("open", ""));
+}
+
+// older: the page before it, as it was served; null at the first time.
+function refresh(newer, older) {
+  const changed = id => !older || newer.getElementById(id).innerHTML !== older.getElementById(id).innerHTML;
+  const before = data;
+  data = JSON.parse(newer.getElementById("data").textContent);
+  for (const id of ["heading", "ladder", "facts", "health", "export", "settings", "environment", "events", "written"]) {
+    if (changed(id)) replace(id, newer);
+  }
+  if (changed("videos")) {
+    const [slider, speed] = [byId("step"), byId("speed")?.value];
+    const focused = document.activeElement?.id;
+    const step = slider && before.videos.steps[slider.value];
+    const following = !slider || Number(slider.value) === before.videos.steps.length - 1;
+    replace("videos", newer);
+    if (speed) byId("speed").value = speed;
+    const index = following ? -1 : data.videos.steps.indexOf(step);
+    if (byId("step")) byId("step").value = index < 0 ? data.videos.steps.length - 1 : index;
+    startVideos();
+    if (focused) byId(focused)?.focus({ preventScroll: true });
+    byId("live").textContent = `New videos at step ${data.videos.steps.at(-1) ?? 0}.`;
+  }
+  if (curves.alike(data.charts)) {
+    for (const box of document.querySelectorAll("[data-chart]")) {
+      const label = newer.querySelector(`[data-chart="${box.dataset.chart}"]`).getAttribute("aria-label");
+      box.setAttribute("aria-label", label);
+    }
+    curves.refresh(data.charts);
+  } else {
+    replace("curves", newer);
+    curves.start(data.charts);
+  }
+}
+
+// --- copying the snippet --------------------------------------------------------------------------------------------
+document.addEventListener("click", async event => {
+  if (!event.target.matches("[data-copy]")) return;
+  const text = event.target.parentElement.querySelector("pre");
+  try {
+    await navigator.clipboard.writeText(text.textContent);
+    event.target.textContent = "Copied";
+  } catch {
+    getSelection().selectAllChildren(text); // no clipboard from file:// in some browsers: select it instead
+    event.target.textContent = "Selected";
+  }
+});
+
+startVideos();
+curves.start(data.charts);
