@@ -41,6 +41,9 @@ DEPENDENCIES = [
 
 PYARROW = "pyarrow>=18,<28"
 S3FS = "s3fs>=2025.3"
+# torchao's own form of tensors in files is young: only this version was tried.
+TORCHAO = "torchao>=0.18,<0.19"
+BITSANDBYTES = "bitsandbytes>=0.50,<1"
 
 # The marker names where it has wheels.
 BITSANDBYTES = (
@@ -55,6 +58,8 @@ EXTRAS = {
     "rocm": [],
     "apple": [],
     "cpu": [],
+    # The `-torchao` and `-bnb` precisions; the `-quanto` ones need nothing more.
+    "quantisation": [TORCHAO, BITSANDBYTES],
     "tensorboard": ["tensorboard>=2.18,<3"],
     "trackio": ["trackio>=0.5,<1"],
     # Each is behind some names of `optimizer` and nothing else: 8-bit and paged state (bitsandbytes also runs on CPUs),

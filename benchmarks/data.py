@@ -162,7 +162,7 @@ def videos(folder: Path) -> dict[str, Any]:
     from simpletuner_dmd.data.store import LatentStore
     from simpletuner_dmd.demo import path as demo_path
     from simpletuner_dmd.wan.encoders import VideoCodec
-    from simpletuner_dmd.wan.loading import ModelSource
+    from simpletuner_dmd.wan.sources import ModelSource
 
     config = TrainConfig(pretrained_model_name_or_path=str(demo_path.model_path()))
     codec, geometry = VideoCodec(ModelSource.of(config), device=torch.device("cpu")), LatentGeometry()

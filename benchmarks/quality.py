@@ -44,7 +44,8 @@ from simpletuner_dmd.randomness import derive_seed, generator
 from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import ModelSource, load_transformer
+from simpletuner_dmd.wan.loading import Storage, load_transformer
+from simpletuner_dmd.wan.sources import ModelSource
 
 BATCH = 64
 FEW_EULER_STEPS = (3, 4, 8)
@@ -123,12 +124,12 @@ def open_run(run: Path, model: Path | None, guidance: float, cache: Path) -> Ben
     student = load_student(source, run / "export", document)
     teacher = load_transformer(source, torch.float32).eval()
     codec = VideoCodec(source, device=DEVICE)
-    encoder = TextEncoder(source, dtype=torch.float32, precision="no_change",
+    encoder = TextEncoder(source, dtype=torch.float32, storage=Storage(),
                           max_length=int(options["tokenizer_max_length"]), device=DEVICE)  # fmt: skip
     scheduler = Path(source.base) / "scheduler" / "scheduler_config.json"
     shift = float(read_json(scheduler)["shift"])
     negative_prompt = str(recipe.get("negative_prompt") or "")
-    parts = (source.fingerprint("transformer", "transformer"), encoder.fingerprint, negative_prompt, shift)
+    parts = (source.fingerprint("transformer"), encoder.fingerprint, negative_prompt, shift)
     return Bench(
         teacher=WanDenoiser(teacher, None, None),
         student=WanDenoiser(student, None, None),

@@ -68,7 +68,9 @@ class RandomAssembly(Assembly):
     def _fit_lines(self) -> list[str]:
         return []  # there is nothing of it on a disk
 
-    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
+    def base_transformer(
+        self, *, quantised: bool = True, swapped: bool = False, lines: list[str] | None = None
+    ) -> nn.Module:
         precision = self.config.base_model_precision if quantised else "no_change"
         network = random_transformer(self._config, self.dtype, precision, self.device)
         if swapped and self.config.blocks_to_swap:

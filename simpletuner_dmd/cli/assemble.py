@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simpletuner_dmd.cli.algorithm import method_of
 from simpletuner_dmd.cli.other_expert import Partner, partner_of
-from simpletuner_dmd.cli.starting import merge_adapter, open_teacher_lora
+from simpletuner_dmd.cli.starting import TeacherMerge
 from simpletuner_dmd.config import CriticOptions, LoadedConfig, UserError
 from simpletuner_dmd.config.memory_rules import depth_problems, offloads_teacher
 from simpletuner_dmd.config.schema import TrainConfig
@@ -24,7 +25,6 @@ from simpletuner_dmd.data.prepare import Caches, fill_caches, prepare
 from simpletuner_dmd.distill.method import Method
 from simpletuner_dmd.flow import TIMESTEPS, Denoiser, Experts, NoiseRange, Schedule, TextEmbedding
 from simpletuner_dmd.publish.info import base_name
-from simpletuner_dmd.publish.read_adapter import AdapterFile
 from simpletuner_dmd.validation.render import Scene
 from simpletuner_dmd.validation.sampling import BlockSampling, Sampler
 from simpletuner_dmd.validation.solvers import SkipLayers
@@ -35,19 +35,13 @@ from simpletuner_dmd.wan.compiling import compile_blocks, why_not_compiled
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
 from simpletuner_dmd.wan.experts import known_noise
 from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
-from simpletuner_dmd.wan.loading import (
-    DTYPES,
-    ModelSource,
-    load_transformer,
-    model_index,
-    text_encoder_config,
-    transformer_config,
-)
+from simpletuner_dmd.wan.loading import DTYPES, Storage, load_transformer, model_configs
 from simpletuner_dmd.wan.lycoris import LycorisSpec, with_layers
 from simpletuner_dmd.wan.offload import offload_in_groups
-from simpletuner_dmd.wan.quantisation import quantise
+from simpletuner_dmd.wan.parity import Probe
 from simpletuner_dmd.wan.roles import CausalLayout, Roles, build_roles
 from simpletuner_dmd.wan.runner import Recompute
+from simpletuner_dmd.wan.sources import ModelSource, borrowed
 from simpletuner_dmd.wan.swap import BlockSwap
 from simpletuner_dmd.wan.tread import Route, routing_line
 
@@ -58,6 +52,8 @@ class Assembly:
 
     loaded: LoadedConfig
     device: torch.device
+    probe_texts: tuple[Tensor, ...] = ()
+    """Rows of a prompt and of the negative one, for the comparison of the quantised base with the dense one."""
 
     @property
     def config(self) -> TrainConfig:
@@ -81,19 +77,7 @@ class Assembly:
     @cached_property
     def _described(self) -> tuple[ModelConfigs, str | None]:
         """The configs of the model, and a line where it is a custom Wan. A UserError where it is another flavour."""
-        source = self.source
-        described = ModelConfigs(
-            transformer=transformer_config(source),
-            vae=self.codec.config,
-            text_encoder=text_encoder_config(source),
-            index=model_index(source),
-            names={
-                "transformer": source.config_file("transformer", source.network),
-                "vae": source.config_file("vae", "vae"),
-                "text_encoder": source.config_file("text_encoder", "text_encoder"),
-                "index": f"{source.base}/model_index.json",
-            },
-        )
+        described = model_configs(self.source)
         return described, check_fit(self.config.flavour, described)
 
     @cached_property
@@ -113,7 +97,7 @@ class Assembly:
         return TextEncoder(
             self.source,
             dtype=self.dtype,
-            precision=self.config.text_encoder_1_precision,
+            storage=self.storage(self.config.text_encoder_1_precision),
             max_length=self.config.tokenizer_max_length,
             device=self.device,
             make_room=lambda: self._make_room("text_encoder"),
@@ -136,15 +120,25 @@ class Assembly:
             patch=self.network["patch_size"][1],
         )
 
-    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
-        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device; swapped: but for
-        the blocks that the run keeps on the host."""
+    def storage(self, precision: str) -> Storage:
+        """How a part in this precision is put together."""
         config = self.config
-        transformer = self._with_teacher_lora(load_transformer(self.source, self.dtype))
-        if quantised and config.base_model_precision != "no_change":
-            quantise(
-                transformer, config.base_model_precision, self.device if config.quantize_via == "accelerator" else None
-            )
+        via = self.device if precision != "no_change" and config.quantize_via == "accelerator" else None
+        cache = config.cache_dir_models
+        return Storage(precision, via, None if cache.lower() == "none" else Path(cache).expanduser())
+
+    def base_transformer(
+        self, *, quantised: bool = True, swapped: bool = False, lines: list[str] | None = None
+    ) -> nn.Module:
+        """A fresh frozen base, its fine-tune merged in, in the precision of the run, on the device; swapped: but for
+        the blocks that the run keeps on the host. lines: takes what there is to say about it."""
+        config = self.config
+        storage = self.storage(config.base_model_precision) if quantised else Storage()
+        if lines is not None:
+            storage.probe = Probe.of(self.network, self.teacher_sampler.guidance, self.probe_texts)
+        transformer = load_transformer(self.source, self.dtype, storage, self.teacher_lora)
+        if lines is not None:
+            lines += storage.lines
         if swapped and config.blocks_to_swap:
             BlockSwap(transformer, config.blocks_to_swap, self.device)
             return transformer
@@ -160,8 +154,9 @@ class Assembly:
                 raise UserError(problems)
         if problems := depth_problems(config, depth_of(self.network)):
             raise UserError([replace(problem, file=self.loaded.origins.get(problem.key, "")) for problem in problems])
-        base = self.base_transformer(swapped=True)
-        lines = [*self._attention(base)]
+        lines = borrowed(config)
+        base = self.base_transformer(swapped=True, lines=lines)
+        lines += self._attention(base)
         adapters = self.adapters()
         owned = [role for role in self._moving_networks() if role not in adapters]
         roles = build_roles(
@@ -233,7 +228,7 @@ class Assembly:
 
     def _full_network(self) -> nn.Module:
         """A network of its own: fp32 master weights, computed in the run's precision by autocast."""
-        network = self._with_teacher_lora(load_transformer(self.source, torch.float32)).to(self.device)
+        network = load_transformer(self.source, torch.float32, merge=self.teacher_lora).to(self.device)
         choose_attention(network, self.config.attention_mechanism, self.device)  # said of the base already
         return network
 
@@ -258,16 +253,9 @@ class Assembly:
         return ["compile: each block compiles at its first call in each role and size"]
 
     @cached_property
-    def teacher_lora(self) -> tuple[AdapterFile, float] | None:
-        """The fine-tune that is part of the base, and its strength."""
-        if self.config.teacher_lora is None:
-            return None
-        return open_teacher_lora(self.config.teacher_lora)
-
-    def _with_teacher_lora(self, transformer: nn.Module) -> nn.Module:
-        if self.teacher_lora is not None:
-            merge_adapter(transformer, *self.teacher_lora)
-        return transformer
+    def teacher_lora(self) -> TeacherMerge | None:
+        """The fine-tune that is part of the base."""
+        return None if self.config.teacher_lora is None else TeacherMerge(self.config.teacher_lora)
 
     @property
     def student_adapter(self) -> AdapterSpec | LycorisSpec:

@@ -30,6 +30,7 @@ from simpletuner_dmd.wan import blueprint
 from simpletuner_dmd.wan.flavours import published_config
 from simpletuner_dmd.wan.roles import Roles
 from simpletuner_dmd.wan.shadow import Observation, Shadow, cast_products, no_content, stored_bytes
+from simpletuner_dmd.wan.sources import ModelSource
 from simpletuner_dmd.wan.tread import Route
 
 LatentShape = tuple[int, int, int, int]
@@ -40,24 +41,21 @@ SCANNED_STEPS = 20_000
 
 def local_config(loaded: LoadedConfig, part: Part) -> dict[str, Any] | None:
     """The config.json of a part that is on this machine, in a folder or in the Hub's cache; nothing is downloaded."""
-    config = loaded.config
-    written = {
-        "transformer": config.pretrained_transformer_model_name_or_path,
-        "vae": config.pretrained_vae_model_name_or_path,
-        "text_encoder": config.pretrained_t5_model_name_or_path,
-    }.get(part)
-    place = str(written or config.pretrained_model_name_or_path)
-    flavour = flavour_of(config.model_flavour)
-    folder = flavour.transformer if part == "transformer" else part
-    path = Path(place)
-    candidates = [path / folder / "config.json", path / "config.json"]
-    if not path.exists():
+    source = ModelSource.of(loaded.config)
+    folder = source.folder(part)
+    if folder is not None:
+        file = folder / "config.json"
+    else:
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(place, f"{folder}/config.json", revision=config.revision)
-        candidates = [Path(cached)] if isinstance(cached, str) else []
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    return None if found is None else json.loads(found.read_text(encoding="utf-8"))
+        arguments = source.arguments(part)
+        name = "/".join([*filter(None, [arguments.get("subfolder")]), "config.json"])
+        place = arguments["pretrained_model_name_or_path"]
+        cached = try_to_load_from_cache(place, name, revision=arguments.get("revision"))
+        if not isinstance(cached, str):
+            return None
+        file = Path(cached)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 def known_config(loaded: LoadedConfig, part: Part) -> dict[str, Any]:
@@ -108,7 +106,9 @@ class Blueprint(Assembly):
     def routes(self) -> tuple[Route, ...]:
         return ()
 
-    def base_transformer(self, *, quantised: bool = True, swapped: bool = False) -> nn.Module:
+    def base_transformer(
+        self, *, quantised: bool = True, swapped: bool = False, lines: list[str] | None = None
+    ) -> nn.Module:
         precision = self.config.base_model_precision if quantised else "no_change"
         return blueprint.transformer(self.network, self.depth, self.dtype, precision)
 

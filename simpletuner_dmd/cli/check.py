@@ -96,7 +96,9 @@ def examine(loaded: LoadedConfig) -> tuple[list[Problem], list[Any]]:
     """What stands in the way of this run, and the scan of every dataset that can be reached."""
     from simpletuner_dmd.config import UserError
     from simpletuner_dmd.data.prepare import look_at_dataset
+    from simpletuner_dmd.wan.sources import borrowed
 
+    loaded.notices += borrowed(loaded.config)
     problems = [*machine_problems(loaded), *model_problems(loaded), *output_problems(loaded)]
     scans: list[Any] = []
     for entry in loaded.datasets:
@@ -168,35 +170,31 @@ def nothing_usable(scan: Any) -> Problem | None:
 
 
 def model_problems(loaded: LoadedConfig) -> list[Problem]:
-    """Local model folders that lack a part, or whose depth a setting does not fit; Hub ids are not looked up."""
-    from simpletuner_dmd.config import Problem
+    """Local models that lack a part or do not fit a setting, and precisions that cannot be had on this machine.
 
-    config, problems = loaded.config, []
-    overrides = {
-        "transformer": ("pretrained_transformer_model_name_or_path", config.pretrained_transformer_model_name_or_path),
-        "vae": ("pretrained_vae_model_name_or_path", config.pretrained_vae_model_name_or_path),
-        "text_encoder": ("pretrained_t5_model_name_or_path", config.pretrained_t5_model_name_or_path),
-        "tokenizer": ("pretrained_t5_model_name_or_path", config.pretrained_t5_model_name_or_path),
-    }
+    Hub ids are not looked up.
+    """
+    from simpletuner_dmd.config import Problem
+    from simpletuner_dmd.config.run_options import is_weight_file
+    from simpletuner_dmd.wan.sources import BASE_KEY, KEYS, ModelSource
+
+    config, source = loaded.config, ModelSource.of(loaded.config)
+    problems = precision_problems(loaded)
     for part in PARTS:
-        key, value = "pretrained_model_name_or_path", config.pretrained_model_name_or_path
-        if part in overrides and overrides[part][1] is not None:
-            key, value = overrides[part][0], str(overrides[part][1])
-        folder = Path(value)
-        if not folder.is_dir():
-            continue
-        subfolder = config.flavour.transformer if part == "transformer" else part
-        # A part named on its own may be that part's folder itself.
-        own_folder = key != "pretrained_model_name_or_path" and (folder / "config.json").is_file()
-        if not own_folder and not any((folder / subfolder).glob("*.json")):
+        key = KEYS.get("text_encoder" if part == "tokenizer" else part, BASE_KEY)
+        key = key if key != BASE_KEY and getattr(config, key) is not None else BASE_KEY
+        if part in KEYS and is_weight_file(getattr(source, part)):
+            continue  # what is in it is looked at when it is loaded
+        folder = source.folder(part)
+        if folder is not None and not any(folder.glob("*.json")):
             problems.append(
-                Problem(loaded.origins.get(key, ""), key, f"{folder} has no {subfolder}: "
+                Problem(loaded.origins.get(key, ""), key, f"{folder.parent} has no {folder.name}: "
                         f"a diffusers pipeline folder has {', '.join(PARTS)}",
                         "name a whole pipeline folder or a Hub id")
             )  # fmt: skip
-        elif part == "transformer":
-            problems += depth_problems(loaded, folder if own_folder else folder / subfolder)
-    return problems + ([] if problems else fit_problems(loaded))
+        elif folder is not None and part == "transformer":
+            problems += depth_problems(loaded, folder)
+    return problems + ([] if _about_the_model(problems) else fit_problems(loaded))
 
 
 def fit_problems(loaded: LoadedConfig) -> list[Problem]:
@@ -204,31 +202,46 @@ def fit_problems(loaded: LoadedConfig) -> list[Problem]:
     from simpletuner_dmd.config import UserError
     from simpletuner_dmd.config.read import read_json
     from simpletuner_dmd.wan.fit import ModelConfigs, check_fit
+    from simpletuner_dmd.wan.sources import ModelSource
 
-    config = loaded.config
-    base = Path(config.pretrained_model_name_or_path)
-
-    def folder_of(given: str | None, subfolder: str) -> Path:
-        folder = Path(given) if given is not None else base
-        own = given is not None and (folder / "config.json").is_file() and not (folder / subfolder).is_dir()
-        return folder if own else folder / subfolder
-
-    files = {
-        "transformer": folder_of(config.pretrained_transformer_model_name_or_path, config.flavour.transformer)
-        / "config.json",
-        "vae": folder_of(config.pretrained_vae_model_name_or_path, "vae") / "config.json",
-        "text_encoder": folder_of(config.pretrained_t5_model_name_or_path, "text_encoder") / "config.json",
-        "index": base / "model_index.json",
-    }
-    if not files["transformer"].is_file():
+    source = ModelSource.of(loaded.config)
+    folders = {part: source.folder(part) for part in ("transformer", "vae", "text_encoder")}
+    files = {part: folder / "config.json" for part, folder in folders.items() if folder is not None}
+    files["index"] = Path(source.base) / "model_index.json"
+    found = {part: read_json(file, str(file)) for part, file in files.items() if file.is_file()}
+    if "transformer" not in found:
         return []  # on the Hub: looked at when the run starts
-    found = {part: read_json(file, str(file)) if file.is_file() else {} for part, file in files.items()}
+    names = {part: str(files[part]) if part in files else source.config_file(part) for part in (*folders, "index")}
     try:
-        line = check_fit(config.flavour, ModelConfigs(**found, names={part: str(file) for part, file in files.items()}))
+        line = check_fit(
+            loaded.config.flavour,
+            ModelConfigs(
+                transformer=found["transformer"],
+                vae=found.get("vae", {}),
+                text_encoder=found.get("text_encoder", {}),
+                index=found.get("index", {}),
+                names=names,
+            ),
+        )
     except UserError as error:
         return error.problems
     loaded.notices += [line] if line else []
     return []
+
+
+def precision_problems(loaded: LoadedConfig) -> list[Problem]:
+    """Quantised precisions whose library is absent, or cannot run on this machine."""
+    config = loaded.config
+    chosen = {key: getattr(config, key) for key in ("base_model_precision", "text_encoder_1_precision")}
+    if set(chosen.values()) == {"no_change"}:
+        return []
+    import torch
+
+    from simpletuner_dmd.wan.schemes import scheme_problem
+
+    device = torch.device("cuda" if torch.cuda.is_available() and config.quantize_via == "accelerator" else "cpu")
+    found = [scheme_problem(precision, device, key) for key, precision in chosen.items()]
+    return [replace(problem, file=loaded.origins.get(problem.key, "")) for problem in found if problem is not None]
 
 
 def depth_problems(loaded: LoadedConfig, folder: Path) -> list[Problem]:
@@ -257,6 +270,9 @@ def output_problems(loaded: LoadedConfig) -> list[Problem]:
 
     config, problems = loaded.config, []
     places = [("output_dir", config.output_dir), ("cache_dir_text", str(loaded.text_cache_dir))]
+    quantised = {config.base_model_precision, config.text_encoder_1_precision} != {"no_change"}
+    if quantised and config.cache_dir_models.lower() != "none":
+        places.append(("cache_dir_models", config.cache_dir_models))
     places += [
         ("cache_dir_vae", str(entry.cache_dir_vae))
         for entry in loaded.datasets

@@ -86,7 +86,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keeps the bars that diffusers and transformers draw while loading out of this tool's own output."""
+    """Keeps out of this tool's own output: the bars that diffusers and transformers draw while loading, torchao's list
+    of kernels for other machines, and a line of bitsandbytes per int8 layer and forward."""
+    import logging
+
+    for name in ("torchao", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 

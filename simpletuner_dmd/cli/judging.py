@@ -140,7 +140,7 @@ class Judge:
     def _reference_key(self) -> dict[str, Any]:
         teacher = self.assembly.benchmark_sampler
         return {
-            "model": self.assembly.source.fingerprint("transformer", self.assembly.source.network),
+            "model": self.assembly.source.fingerprint("transformer"),
             "scenes": [[scene.file_stem, scene.prompt] for scene in self.scenes],
             "steps": teacher.steps,
             "guidance": teacher.guidance,

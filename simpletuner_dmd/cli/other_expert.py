@@ -15,16 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simpletuner_dmd.cli.starting import merge_adapter
+from simpletuner_dmd.cli.starting import AdapterMerge
 from simpletuner_dmd.config import TrainConfig, UserError
 from simpletuner_dmd.config.flavours import FLAVOURS, Flavour
 from simpletuner_dmd.flow import Denoiser, Experts
-from simpletuner_dmd.publish.read_adapter import find_adapter, read_adapter
 from simpletuner_dmd.validation.sampling import HandedOver, Sampler, VideoSampler
 from simpletuner_dmd.wan.attention import choose_attention
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.loading import load_transformer
-from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles
 
 if TYPE_CHECKING:
@@ -91,11 +89,9 @@ def load_other(assembly: Assembly, partner: Partner | None) -> WanDenoiser:
         folder = partner.folder / "diffusers" / "transformer"
         network: Any = WanTransformer3DModel.from_pretrained(folder, dtype=assembly.dtype).requires_grad_(False)
     else:
-        network = load_transformer(assembly.source.other_expert(_other(config.flavour).transformer), assembly.dtype)
-        if partner is not None:
-            merge_adapter(network, read_adapter(find_adapter(partner.folder, KEY), KEY), 1.0)
-        if config.base_model_precision != "no_change":
-            quantise(network, config.base_model_precision)
+        merge = None if partner is None else AdapterMerge(partner.folder, 1.0, KEY)
+        source = assembly.source.other_expert(_other(config.flavour).transformer)
+        network = load_transformer(source, assembly.dtype, assembly.storage(config.base_model_precision), merge)
     choose_attention(network, config.attention_mechanism, assembly.device)
     return WanDenoiser(network.to(assembly.device).eval(), None, None)
 

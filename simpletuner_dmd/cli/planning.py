@@ -309,8 +309,8 @@ def _phases(
     if needs_latents(loaded):
         yield encoder("encoding videos", *parts.encoding(), 1)
     whole, away = _unquantised(loaded, training), _away(loaded, training)
-    loading = max(held.base - away.weights, whole if config.quantize_via == "accelerator" and whole > held.base else 0)
-    yield Phase("loading", context + loading, libraries + (whole if on_gpu else 0))
+    loading, on_host = _loading(loaded, training, on_gpu)
+    yield Phase("loading", context + loading, libraries + on_host)
     resting = sum(part.gpu for part in components if part.part not in ("gradients", "activations"))
     elsewhere = sum(part.host for part in components)
     saved = sum(held.trained.values()) + _state(loaded, training) + held.average
@@ -326,21 +326,39 @@ def _phases(
                 libraries + (whole if on_gpu else 0))  # fmt: skip
 
 
+def _loading(loaded: LoadedConfig, training: Training, on_gpu: bool) -> tuple[int, int]:
+    """Most on the device and on the host while the base is put together: block by block, each dense until it is
+    quantised. On the host there is all of it at last, also where it is kept for the next start."""
+    config, held = loaded.config, training.held
+    if config.base_model_precision == "no_change":
+        return (held.base - _away(loaded, training).weights, held.base) if on_gpu else (held.base, 0)
+    peak = held.base + _weights(*_network(loaded))[1]
+    if not on_gpu:
+        return peak, 0
+    return (peak if config.quantize_via == "accelerator" else held.base - _away(loaded, training).weights), peak
+
+
 def _unquantised(loaded: LoadedConfig, training: Training) -> int:
     """Bytes of the transformer before it is quantised."""
     config = loaded.config
     if config.base_model_precision == "no_change":
         return training.held.base
-    return _weights(json.dumps(known_config(loaded, "transformer"), sort_keys=True), DTYPES[config.mixed_precision])
+    return _weights(*_network(loaded))[0]
+
+
+def _network(loaded: LoadedConfig) -> tuple[str, torch.dtype]:
+    """The transformer's config as JSON, and the precision of the run."""
+    text = json.dumps(known_config(loaded, "transformer"), sort_keys=True)
+    return text, DTYPES[loaded.config.mixed_precision]
 
 
 @cache
-def _weights(text: str, dtype: torch.dtype) -> int:
-    """Bytes of a transformer's weights; text: its config as JSON."""
+def _weights(text: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of a transformer's weights, and of one block's; text: its config as JSON."""
     network = json.loads(text)
     depth = int(network["num_layers"])
     two, three = (blueprint.weights_of(blueprint.transformer(network, count, dtype)) for count in (2, 3))
-    return two + (depth - 2) * (three - two)
+    return two + (depth - 2) * (three - two), three - two
 
 
 def _precision(loaded: LoadedConfig) -> str:

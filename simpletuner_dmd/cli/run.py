@@ -154,6 +154,8 @@ class TrainingRun:
         _ = self.assembly.partner  # before hours of caching: it may not go together with this run
         data = self._prepare_data()
         scenes = [] if config.validation_disable else self.assembly.scenes(data.text)
+        if scenes:
+            self.assembly.probe_texts = (scenes[0].text.rows_BLD[0], data.negative_text.rows_BLD[0])
         steps = self._total_steps(data)
         if self.main:
             self.watch.know(data.latent_shapes(), steps)

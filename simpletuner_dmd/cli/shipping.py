@@ -12,7 +12,6 @@ import torch
 from simpletuner_dmd import __version__
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.other_expert import load_other, paired
-from simpletuner_dmd.cli.starting import teacher_record
 from simpletuner_dmd.config import UserError
 from simpletuner_dmd.config.flavours import FLAVOURS
 from simpletuner_dmd.data.batches import PreparedData
@@ -87,7 +86,7 @@ class Shipper:
             vae_scale=(assembly.geometry.spatial, assembly.geometry.temporal),
             base=assembly.source.base,
             flavour=config.model_flavour,
-            base_hash=assembly.source.fingerprint("transformer", assembly.source.network),
+            base_hash=assembly.source.fingerprint("transformer"),
             model_type=config.model_type,
             guidance=assembly.student_sampler.guidance,
             sampling_steps=config.validation_num_inference_steps,
@@ -104,7 +103,7 @@ class Shipper:
             note=config.model_card_note,
             hub_repo=self.uploader.repo_id if self.uploader else config.hub_model_id or "",
             adapter=config.lora_type,
-            teacher_lora=teacher_record(*assembly.teacher_lora) if assembly.teacher_lora else None,
+            teacher_lora=assembly.teacher_lora.record() if assembly.teacher_lora else None,
             teacher=self._teacher(),
             health=last_health(self.output_dir, self.step),
             config=shown_config(assembly.loaded.options()),
@@ -226,7 +225,8 @@ class Shipper:
         return found
 
     def _fine_tune(self) -> list[tuple[AdapterFile, float]]:
-        return [self.assembly.teacher_lora] if self.assembly.teacher_lora else []
+        merge = self.assembly.teacher_lora
+        return [(merge.adapter, merge.strength)] if merge else []
 
     def _adapter_file(self, roles: Roles, adapter: AdapterSpec | LycorisSpec) -> AdapterFile:
         """The student's adapter at strength 1."""
@@ -310,18 +310,15 @@ class Shipper:
         if native is None or not pair:
             return base
         other = assembly.source.other_expert(FLAVOURS[str(config.flavour.partner)].transformer)
-        return replace(base, other=other.arguments("transformer", other.network), expert=native.expert,
+        return replace(base, other=other.stock_arguments(), expert=native.expert,
                        boundary=native.boundary)  # fmt: skip
 
     @property
     def plain_base(self) -> Base:
         """The base without quantisation."""
-        source = self.assembly.source
-        return Base(
-            source.arguments("transformer", source.network),
-            dtype_name(self.assembly.dtype),
-            teacher_lora=self.assembly.teacher_lora,
-        )
+        merge = self.assembly.teacher_lora
+        fine_tune = (merge.adapter, merge.strength) if merge else None
+        return Base(self.assembly.source.stock_arguments(), dtype_name(self.assembly.dtype), teacher_lora=fine_tune)
 
     def upload(self, folder: Path, path_in_repo: str = "", *, temporary: bool = False) -> None:
         """Uploads in the background, or lists the folder for the command that does it later."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor, nn
 
 from simpletuner_dmd.config import UserError
 from simpletuner_dmd.config.starting import split_strength
+from simpletuner_dmd.durable import sha256_of
 from simpletuner_dmd.publish.info import TeacherLora
 from simpletuner_dmd.publish.lycoris import ALPHA, by_module, scaled, strength
-from simpletuner_dmd.publish.read_adapter import AdapterFile, changes, find_adapter, read_adapter
+from simpletuner_dmd.publish.read_adapter import AdapterFile, LayerChanges, find_adapter, read_adapter
 from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch
 from simpletuner_dmd.wan.roles import Roles
@@ -70,31 +70,47 @@ def _unfit(adapter: AdapterFile, reason: str, fix: str) -> UserError:
     return UserError(f"the student cannot start from {adapter.path}: {reason}", key="init_lora", fix=fix)
 
 
-def open_teacher_lora(written: str) -> tuple[AdapterFile, float]:
-    """ "path:0.8" -> the file and its strength. Raises UserError."""
-    path, strength_of_it = split_strength(written)
-    return read_adapter(find_adapter(Path(path), "teacher_lora"), "teacher_lora"), strength_of_it
+class AdapterMerge:
+    """An adapter that becomes part of a network while it is loaded: W <- W + strength dW, summed in fp32 and stored in
+    W's own precision."""
 
+    def __init__(self, path: Path, strength: float, key: str) -> None:
+        """path: a file, or a folder with one. key: the option that named it. Raises UserError."""
+        self.strength, self.key = strength, key
+        self.adapter = read_adapter(find_adapter(path, key), key)
 
-@torch.no_grad()
-def merge_adapter(transformer: nn.Module, adapter: AdapterFile, strength_of_it: float) -> None:
-    """W <- W + strength dW, summed in fp32 and stored in W's own precision. Raises UserError for layers not there."""
-    layers = dict(transformer.named_modules())
-    for name, weight_change, bias_change in changes(adapter, transformer):
-        layer = layers.get(name)
-        if not isinstance(layer, nn.Linear) or layer.weight.shape != weight_change.shape:
+    @property
+    def fingerprint(self) -> str:
+        return f"{sha256_of(self.adapter.path)}:{self.strength}"
+
+    def start(self, model: nn.Module) -> None:
+        """Raises UserError for layers that are not there; no weight needs to be there yet."""
+        self._changes = LayerChanges(self.adapter, model)
+
+    @torch.no_grad()
+    def __call__(self, name: str, layer: nn.Linear) -> None:
+        if name not in self._changes:
+            return
+        weight_change, bias_change = self._changes.of(name)
+        if layer.weight.shape != weight_change.shape:
             raise UserError(
-                f"{adapter.path} does not fit this model: it changes {name} by {tuple(weight_change.shape)}",
-                key="teacher_lora",
+                f"{self.adapter.path} does not fit this model: it changes {name} by {tuple(weight_change.shape)}",
+                key=self.key,
                 fix="name an adapter that was trained on this size of Wan",
             )
-        layer.weight.copy_(layer.weight.float() + strength_of_it * weight_change.to(layer.weight.device))
+        layer.weight.copy_(layer.weight.float() + self.strength * weight_change.to(layer.weight.device))
         if bias_change is not None:
-            layer.bias.copy_(layer.bias.float() + strength_of_it * bias_change.to(layer.bias.device))
+            layer.bias.copy_(layer.bias.float() + self.strength * bias_change.to(layer.bias.device))
 
 
-def teacher_record(adapter: AdapterFile, strength_of_it: float) -> TeacherLora:
-    """What an export says about it."""
-    with adapter.path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    return TeacherLora(adapter.path.name, strength_of_it, digest)
+class TeacherMerge(AdapterMerge):
+    """The fine-tune that becomes part of the base."""
+
+    def __init__(self, written: str) -> None:
+        """written: "path:0.8". Raises UserError."""
+        path, strength = split_strength(written)
+        super().__init__(Path(path), strength, "teacher_lora")
+
+    def record(self) -> TeacherLora:
+        """What an export says about it."""
+        return TeacherLora(self.adapter.path.name, self.strength, sha256_of(self.adapter.path))

@@ -170,7 +170,7 @@ def _settings(assembly: Assembly, scan: DatasetScan) -> dict[str, Any]:
     config, sampler = assembly.config, assembly.teacher_sampler
     first: PromptSample = scan.usable[0]  # type: ignore[assignment]
     return {
-        "model": assembly.source.fingerprint("transformer", assembly.source.network),
+        "model": assembly.source.fingerprint("transformer"),
         "model_name": config.pretrained_model_name_or_path,
         "precision": [config.mixed_precision, config.base_model_precision],
         "vae": assembly.codec.fingerprint,
@@ -228,7 +228,7 @@ def _handover_settings(assembly: Assembly) -> dict[str, Any]:
     files = sorted(assembly.partner.folder.rglob("*.safetensors"))
     high = assembly.source.other_expert("transformer")
     return {
-        "model": high.fingerprint("transformer", high.network),
+        "model": high.fingerprint("transformer"),
         "kind": "handover",
         "student": [sha256_of(file) for file in files],
         "ladder": list(assembly.schedule.timesteps),

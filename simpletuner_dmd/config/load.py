@@ -35,7 +35,7 @@ from simpletuner_dmd.config.prompts import read_prompts
 from simpletuner_dmd.config.read import exists, is_file, read_json
 from simpletuner_dmd.config.recipes import recipe_problems
 from simpletuner_dmd.config.rules import combination_notices, cross_problems
-from simpletuner_dmd.config.run_options import DEMO
+from simpletuner_dmd.config.run_options import DEMO, is_weight_file
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.simpletuner_keys import ABSENT_KEYS, METHOD_ABSENT_KEYS
 from simpletuner_dmd.config.starting import resolve_starts
@@ -398,6 +398,8 @@ def _resolve_models(
 
 def _can_only_be_a_path(value: str) -> bool:
     """A Hub id is `name` or `owner/name`."""
+    if is_weight_file(value):
+        return True
     return value.startswith((".", "/", "~", "\\")) or value.endswith("/") or value.count("/") > 1 or "\\" in value
 
 

@@ -10,7 +10,7 @@ from simpletuner_dmd.config.optimizer_options import optimizer_notices, optimize
 from simpletuner_dmd.config.schema import TrainConfig
 from simpletuner_dmd.config.tread import tread_notices
 
-QUANTISED_4_BIT = ("int4-quanto",)
+BELOW_8_BITS = ("int4-quanto", "int2-quanto", "nf4-bnb")
 
 
 def cross_problems(config: TrainConfig) -> list[Problem]:
@@ -202,8 +202,8 @@ def combination_notices(config: TrainConfig) -> list[str]:
         ("base_model_precision", config.base_model_precision),
         ("text_encoder_1_precision", config.text_encoder_1_precision),
     ):
-        if precision in QUANTISED_4_BIT:
-            found.append(f"{key} {precision}: Wan loses visibly at 4 bits; int8-quanto is nearly free.")
+        if precision in BELOW_8_BITS:
+            found.append(f"{key} {precision}: Wan loses visibly below 8 bits; int8-quanto is nearly free.")
     found += _adapter_notices(config)
     if config.use_ema and config.ema_validation == "none":
         found.append("ema_validation none: validation renders the trained weights; the export carries the average.")

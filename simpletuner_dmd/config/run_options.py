@@ -26,6 +26,11 @@ def native_size(flavour: str) -> str:
     return f"{width}x{height}"
 
 
+def is_weight_file(path: str) -> bool:
+    """Whether a model is given as one file of weights."""
+    return path.endswith(".safetensors")
+
+
 def _hub_id(data: dict[str, Any]) -> str:
     return flavour_of(data.get("model_flavour", "")).hub_id
 
@@ -60,17 +65,27 @@ class ModelOptions(Options):
     )
     pretrained_model_name_or_path: str = Field(
         default_factory=_hub_id,
-        description="The base model: a Hub id or a diffusers pipeline folder; `demo` is the tiny Wan that comes with "
-        "the package. Default: the flavour's own Hub repository.",
+        description="The base model: a Hub id, a diffusers pipeline folder, or a `.safetensors` file of a transformer, "
+        "in diffusers' names or Wan's own; `demo` is the tiny Wan that comes with the package. What a folder or file "
+        "lacks is taken from the default. Default: the flavour's own Hub repository.",
     )
     pretrained_transformer_model_name_or_path: str | None = Field(
-        None, description="Takes the transformer from another Hub id or folder than the base model."
+        None,
+        description="Takes the transformer from another Hub id, folder or `.safetensors` file than the base model; a "
+        "file's config is the base model's.",
+    )
+    pretrained_transformer_subfolder: Literal["none"] | str = Field(
+        default_factory=lambda data: flavour_of(data.get("model_flavour", "")).transformer,
+        description="Folder of the transformer inside its model; `none` where it lies in the model's folder itself. "
+        "Default: `transformer`, and `transformer_2` for the `-low` expert.",
     )
     pretrained_vae_model_name_or_path: str | None = Field(
-        None, description="Takes the VAE from another Hub id or folder than the base model."
+        None, description="Takes the VAE from another Hub id, folder or `.safetensors` file than the base model."
     )
     pretrained_t5_model_name_or_path: str | None = Field(
-        None, description="Takes text encoder and tokenizer from another Hub id or folder than the base model."
+        None,
+        description="Takes text encoder and tokenizer from another Hub id or folder than the base model; "
+        "a `.safetensors` file gives the text encoder alone.",
     )
     other_expert_run: str | None = Field(
         None,
@@ -139,6 +154,12 @@ class DataOptions(Options):
         description="Frames per second the model works in; videos are resampled to it in time. Default: the flavour's, "
         "16, or 24 for ti2v-5b-2.2.",
     )  # fmt: skip
+    cache_dir_models: Literal["none"] | str = Field(
+        "cache/models",
+        description="Folder in which quantised weights are kept, so that the next start reads only them: as large as "
+        "what they take in memory. `none` keeps nothing. Each is of one model, precision, `teacher_lora` and library "
+        "version; delete the folder at will.",
+    )
     cache_dir_text: str = Field("cache/text", description="Folder of the cached text embeddings.")
     cache_dir_vae: str = Field("cache/vae", description="Folder of the cached latents; each dataset has its own below.")
     tokenizer_max_length: int = Field(

@@ -41,8 +41,7 @@ LOGGING = Absent("this tool has no such switch", harmless=True)
 
 ABSENT_KEYS: dict[str, Absent] = {
     # in the plan of this tool
-    **_each("teacher_model_name_or_path pretrained_transformer_subfolder "
-            "gan_config", LATER),
+    **_each("teacher_model_name_or_path gan_config", LATER),
     "disk_low_threshold": Absent(f"{NOT_YET}, and it does not touch the training", harmless=True),
     **_each("eval_epoch_interval eval_dataset_pooling eval_loss_disable pretrained_evaluation_model_name_or_path",
             Absent("eval_dataset_id and eval_steps_interval rule the evaluation loss here", harmless=True)),
@@ -143,11 +142,7 @@ VIDEO_ABSENT_KEYS: dict[str, Absent] = {
     "bucket_strategy": Absent("videos are grouped by aspect ratio", off=(*OFF, "aspect_ratio")),
 }
 
-_LATER_PRECISIONS = _words("int2-quanto int8-torchao fp8-torchao nf4-bnb int8-bnb")
-
 # Values that SimpleTuner, or this tool's plan, knows for an option.
 LATER_VALUES: dict[str, frozenset[str]] = {
-    "base_model_precision": _LATER_PRECISIONS,
-    "text_encoder_1_precision": _LATER_PRECISIONS,
     "lora_init_type": _words("loftq olora pissa"),
 }

@@ -16,7 +16,10 @@ LrScheduler = Literal[
     "linear", "cosine", "cosine_with_min_lr", "cosine_with_restarts", "polynomial",
     "constant", "constant_with_warmup", "sine",
 ]  # fmt: skip
-Precision = Literal["no_change", "int8-quanto", "int4-quanto", "fp8-quanto"]
+Precision = Literal[
+    "no_change", "int8-quanto", "int4-quanto", "int2-quanto", "fp8-quanto",
+    "int8-torchao", "fp8-torchao", "nf4-bnb", "int8-bnb",
+]  # fmt: skip
 
 
 def _scheduler_name(value: Any) -> Any:
@@ -83,14 +86,17 @@ class PrecisionOptions(Options):
     )
     base_model_precision: Precision = Field(
         "no_change",
-        description="Storage format of the frozen base. It never touches a full student. "
-        "Wan loses visibly at 4 bits; int8 is nearly free.",
+        description="Storage format of the linear layers in the frozen base's blocks. It never touches a full student. "
+        "`-quanto` is optimum-quanto; `-torchao` and `-bnb` (bitsandbytes) need the extra `quantisation`. Wan loses "
+        "visibly at 4 bits; int8 is nearly free. The start of a run prints what it costs.",
     )
     text_encoder_1_precision: Precision = Field(
         "no_change", description="Storage format of the text encoder, which is needed only while caching prompts."
     )
     quantize_via: Literal["cpu", "accelerator"] = Field(
-        "accelerator", description="Where weights are quantised: `cpu` needs less GPU memory, `accelerator` is faster."
+        "accelerator",
+        description="Where weights are quantised, one block at a time: `accelerator` is faster, `cpu` leaves the "
+        "accelerator alone until the base is whole.",
     )
     attention_mechanism: Literal[
         "diffusers", "native", "cudnn", "flash-attn-2", "flash-attn-3", "flex", "xformers", "sageattention",

@@ -19,7 +19,8 @@ from simpletuner_dmd.flow import Batch, TextEmbedding
 from simpletuner_dmd.randomness import RandomStream, generator
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import ModelSource
+from simpletuner_dmd.wan.loading import Storage
+from simpletuner_dmd.wan.sources import ModelSource
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def encode_clips(pipeline: Path, clips: int, seed: int) -> LatentSet:
     """Draws clips of the training combinations and encodes them and all captions with the pipeline's own parts."""
     source = ModelSource(*[str(pipeline)] * 4)
     device = torch.device("cpu")
-    encoder = TextEncoder(source, dtype=torch.float32, precision="no_change", max_length=TEXT_ROWS, device=device)
+    encoder = TextEncoder(source, dtype=torch.float32, storage=Storage(), max_length=TEXT_ROWS, device=device)
     rows = encoder([*(c.caption for c in shapes.ALL_COMBINATIONS), ""])
     text = torch.zeros(len(rows), TEXT_ROWS, rows[0].shape[1])
     for index, row in enumerate(rows):

@@ -360,7 +360,11 @@ def base_transformers(base: Mapping[str, Any], folder: Path) -> tuple[Any, Any]:
 
 def _network(base: Mapping[str, Any], source: Mapping[str, Any], folder: Path) -> Any:
     """As training had it: weights, merged fine-tune, quantisation."""
-    transformer = diffusers.WanTransformer3DModel.from_pretrained(dtype=getattr(torch, base["dtype"]), **source)
+    stock, dtype = diffusers.WanTransformer3DModel, getattr(torch, base["dtype"])
+    if "config" in source:
+        transformer = stock.from_single_file(torch_dtype=dtype, **source)
+    else:
+        transformer = stock.from_pretrained(dtype=dtype, **source)
     transformer.requires_grad_(False)
     if base["teacher_lora"] is not None:
         _merge_fine_tune(transformer, base["teacher_lora"], folder)

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.config.run_options import is_weight_file
 from simpletuner_dmd.publish.read_adapter import AdapterFile, LayerChanges
-from simpletuner_dmd.wan.loading import ModelSource, transformer_config
+from simpletuner_dmd.wan.loading import transformer_config
+from simpletuner_dmd.wan.sources import ModelSource
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -100,12 +102,16 @@ def _skeleton(source: ModelSource) -> nn.Module:
 
 def _folder_of(source: ModelSource) -> Path:
     """Where the transformer's files are on this machine."""
-    arguments = source.arguments("transformer", source.network)
+    if is_weight_file(source.transformer):
+        raise UserError(f"{source.transformer} is one file: merging reads a transformer folder of diffusers' layout",
+                        fix="save it with diffusers' save_pretrained, and name that folder")  # fmt: skip
+    arguments = source.arguments("transformer")
     path, subfolder = Path(arguments["pretrained_model_name_or_path"]), arguments.get("subfolder", "")
     if not path.exists():
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(str(path), revision=arguments.get("revision"), allow_patterns=f"{subfolder}/*"))
+        wanted = f"{subfolder}/*" if subfolder else None
+        path = Path(snapshot_download(str(path), revision=arguments.get("revision"), allow_patterns=wanted))
     folder = path / subfolder if subfolder else path
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -116,7 +122,7 @@ def _folder_of(source: ModelSource) -> Path:
 
 
 def _weight_files(folder: Path, source: ModelSource) -> list[Path]:
-    variant = source.arguments("transformer", source.network).get("variant")
+    variant = source.arguments("transformer").get("variant")
     suffix = f".{variant}" if variant else ""
     index = folder / f"{Path(WEIGHTS).stem}.safetensors.index{suffix}.json"
     if index.is_file():

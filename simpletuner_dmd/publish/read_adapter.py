@@ -140,56 +140,65 @@ def _kohya_module(name: str) -> str:
 class LayerChanges:
     """What an adapter adds to each layer at strength 1, in fp32, computed when it is asked for.
 
-    transformer: where lycoris finds the layers; without weights (on the meta device) is enough. Iterates over the
-    layers' names. Raises UserError for a DoRA, and for modules that the transformer has not.
+    transformer: where the layers are found by name; without weights (on the meta device) is enough. Iterates over the
+    layers' names. Raises UserError for a DoRA, and for layers that the transformer has not.
     """
 
     def __init__(self, adapter: AdapterFile, transformer: torch.nn.Module) -> None:
-        self._tensors = adapter.tensors
-        self._modules: dict[str, Any] = {}
-        if adapter.kind == "lora":
-            if any(MAGNITUDE in name for name in adapter.tensors):
-                raise UserError(
-                    f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first"
-                )
-            names = (name for name in sorted(adapter.tensors) if name.endswith(".lora_A.weight"))
-            self._layers = [name.removesuffix(".lora_A.weight") for name in names]
-            return
-        import lycoris as library
+        if any(MAGNITUDE in name for name in adapter.tensors):
+            raise UserError(f"{adapter.path} is a DoRA, which is not merged here", fix="merge it with diffusers first")
+        self._lycoris, self._transformer = adapter.kind == "lycoris", transformer
+        linear = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+        own = {self._in_file(name): name for name in linear}
+        found = _by_layer(adapter)
+        if unknown := sorted(found.keys() - own.keys()):
+            raise UserError(
+                f"{adapter.path} does not fit this model: it changes {unknown[0]}, which is no layer of it",
+                fix="name the base that the adapter was trained on",
+            )
+        self._tensors = {own[name]: tensors for name, tensors in found.items()}
 
-        network, _ = library.create_lycoris_from_weights(1.0, "", transformer, weights_sd=dict(adapter.tensors))
-        layers = {f"{lycoris.PREFIX}{name}".replace(".", "_"): name for name, _ in transformer.named_modules()}
-        if unknown := set(lycoris.by_module(adapter.tensors)) - {module.lora_name for module in network.loras}:
-            raise UserError(f"{adapter.path} has modules that this model has not, for example {sorted(unknown)[0]}")
-        self._modules = {layers[module.lora_name]: module for module in network.loras}
-        self._layers = list(self._modules)
+    def _in_file(self, layer: str) -> str:
+        return lycoris.PREFIX + layer.replace(".", "_") if self._lycoris else layer
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
+        return iter(self._tensors)
 
     def __contains__(self, layer: str) -> bool:
-        return layer in self._layers
+        return layer in self._tensors
 
     @torch.no_grad()
     def of(self, layer: str, weight: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(change of the weight, change of the bias or None). weight: the layer's own, where the transformer has none:
         a rotation's change depends on it."""
-        module = self._modules.get(layer)
-        if module is None:
-            return self._tensors[f"{layer}.lora_B.weight"] @ self._tensors[f"{layer}.lora_A.weight"], None
-        held = module.org_module[0]
+        tensors = self._tensors[layer]
+        if not self._lycoris:
+            return tensors["lora_B.weight"] @ tensors["lora_A.weight"], None
+        import lycoris as library
+
+        held: Any = self._transformer.get_submodule(layer)
         before = held.weight
+        # lycoris names a module after its place in the model: here one layer stands alone under that name, so that
+        # nothing keeps the layers of the whole model.
+        inside = self._in_file(layer)
+        alone = torch.nn.ModuleDict({inside.removeprefix(lycoris.PREFIX): held})
+        own = {f"{inside}.{inner}": tensor for inner, tensor in tensors.items()}
         try:
             if weight is not None:
                 held.weight = torch.nn.Parameter(weight.float(), requires_grad=False)
-            change, bias = module.get_diff_weight(1.0)
+            network, _ = library.create_lycoris_from_weights(1.0, "", alone, weights_sd=own)
+            change, bias = network.loras[0].get_diff_weight(1.0)
         finally:
             held.weight = before
         return change, bias
 
 
-def changes(adapter: AdapterFile, transformer: torch.nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """(layer, change of its weight, change of its bias or None) at strength 1, in fp32, layer by layer."""
-    found = LayerChanges(adapter, transformer)
-    for layer in found:
-        yield layer, *found.of(layer)
+def _by_layer(adapter: AdapterFile) -> dict[str, dict[str, Tensor]]:
+    """The adapter's tensors by the layer, as the file names it."""
+    if adapter.kind == "lycoris":
+        return {name: dict(tensors) for name, tensors in lycoris.by_module(adapter.tensors).items()}
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in adapter.tensors.items():
+        layer, _, factor = name.rpartition(".lora_")
+        layers.setdefault(layer, {})[f"lora_{factor}"] = tensor
+    return layers

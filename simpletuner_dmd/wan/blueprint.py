@@ -14,6 +14,12 @@ from simpletuner_dmd.wan.shadow import Observation, Shadow, stored_bytes
 
 META = torch.device("meta")
 
+EQUALLY_LARGE = {
+    "int8-torchao": "int8-quanto", "fp8-torchao": "fp8-quanto", "int8-bnb": "int8-quanto", "nf4-bnb": "int4-quanto",
+}  # fmt: skip
+"""Schemes whose library may be absent or needs real weights -> one of as many bytes that is made without them. nf4
+keeps 0.516 bytes per weight with its scales, int4-quanto in bf16 0.531."""
+
 
 def transformer(config: Mapping[str, Any], depth: int, dtype: torch.dtype, precision: str = "no_change") -> nn.Module:
     """A WanTransformer3DModel of `depth` blocks, frozen, with what `from_pretrained(dtype=...)` keeps in fp32."""
@@ -25,7 +31,7 @@ def transformer(config: Mapping[str, Any], depth: int, dtype: torch.dtype, preci
     for name, parameter in network.named_parameters():
         if not any(part in name.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)
-    quantise(network, precision)
+    quantise(network, EQUALLY_LARGE.get(precision, precision))
     return network.requires_grad_(False)
 
 
@@ -44,7 +50,7 @@ def text_encoder(config: Mapping[str, Any], dtype: torch.dtype, precision: str =
     with META, quiet_weights():
         encoder = UMT5EncoderModel(UMT5Config(**config)).to(dtype)
     encoder.tie_weights()  # on the meta device the table of embeddings is made twice
-    quantise(encoder, precision)
+    quantise(encoder, EQUALLY_LARGE.get(precision, precision))
     return encoder.requires_grad_(False).eval()
 
 

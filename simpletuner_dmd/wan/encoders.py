@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simpletuner_dmd.wan.loading import ModelSource, load_text_encoder, load_vae, vae_config
+from simpletuner_dmd.wan.loading import Storage, load_text_encoder, load_vae, vae_config
 from simpletuner_dmd.wan.offload import offload_in_groups
-from simpletuner_dmd.wan.quantisation import quantise
+from simpletuner_dmd.wan.sources import ModelSource
 
 
 def _nothing() -> None:
@@ -32,21 +32,21 @@ class TextEncoder:
         source: ModelSource,
         *,
         dtype: torch.dtype,
-        precision: str,
+        storage: Storage,
         max_length: int,
         device: torch.device,
         make_room: Callable[[], None] = _nothing,
         group_offload: bool = False,
     ) -> None:
-        self.source, self.dtype, self.precision = source, dtype, precision
+        self.source, self.dtype, self.storage = source, dtype, storage
         self.max_length, self.device = max_length, device
         self.make_room, self.group_offload = make_room, group_offload
         self._loaded: tuple[Any, nn.Module] | None = None
 
     @property
     def fingerprint(self) -> str:
-        weights = self.source.fingerprint("text_encoder", "text_encoder")
-        return f"umt5:{weights}:{self.dtype}:{self.precision}:{self.max_length}"
+        weights = self.source.fingerprint("text_encoder")
+        return f"umt5:{weights}:{self.dtype}:{self.storage.precision}:{self.max_length}"
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[Tensor]:
@@ -73,8 +73,7 @@ class TextEncoder:
     def _load(self) -> tuple[Any, nn.Module]:
         if self._loaded is None:
             self.make_room()
-            tokenizer, encoder = load_text_encoder(self.source, self.dtype)
-            quantise(encoder, self.precision)
+            tokenizer, encoder = load_text_encoder(self.source, self.dtype, self.storage)
             if self.group_offload:
                 offload_in_groups(encoder, self.device)
             else:
@@ -111,7 +110,7 @@ class VideoCodec:
     @property
     def fingerprint(self) -> str:
         tiled = ":tiled" if self.tiling else ""  # the seams are blended, so the latents differ
-        return f"wan-vae:{self.source.fingerprint('vae', 'vae')}{tiled}"
+        return f"wan-vae:{self.source.fingerprint('vae')}{tiled}"
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Loads the parts of a Wan model from the Hub or from a folder, each in an explicit precision.
+"""Loads the parts of a Wan model, each in an explicit precision.
 
-Always `from_pretrained(dtype=...)`, never `.to(bfloat16)`: only the former keeps the modules that Wan needs in fp32.
+Transformer and text encoder are built without storage and filled tensor by tensor (`streaming`), with the tensors and
+precisions that `from_pretrained(dtype=...)` gives: some modules of Wan stay in fp32, which `.to(bfloat16)` would undo.
 """
 
 from __future__ import annotations
 
-import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,131 +15,167 @@ import torch
 from torch import nn
 
 from simpletuner_dmd.config.errors import UserError
-from simpletuner_dmd.config.schema import TrainConfig
+from simpletuner_dmd.wan.checkpoints import Checkpoint
+from simpletuner_dmd.wan.fit import ModelConfigs
+from simpletuner_dmd.wan.model_cache import Entry
+from simpletuner_dmd.wan.parity import Parity, Probe
+from simpletuner_dmd.wan.schemes import SCHEMES, scheme_problem
+from simpletuner_dmd.wan.sources import KEYS, ModelSource
+from simpletuner_dmd.wan.streaming import Merge, Precision, restore, stream, tensor_shapes
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@dataclass(frozen=True)
-class ModelSource:
-    """Where the parts of a model are: Hub ids or folders, and the revision and variant of the base.
+PRECISION_KEYS = {"transformer": "base_model_precision", "text_encoder": "text_encoder_1_precision"}
 
-    network: the subfolder of the transformer that is meant, of a model that has two.
+
+@dataclass
+class Storage:
+    """How the weights of one part are held, and what there is to say about it.
+
+    precision: a name of SCHEMES, or "no_change". via: the device on which they are put together, and stay. cache: the
+    folder in which they are kept quantised. probe: compares them with the dense ones. lines, parity: filled by loading.
     """
 
-    base: str
-    transformer: str
-    vae: str
-    text_encoder: str
-    revision: str | None = None
-    variant: str | None = None
-    network: str = "transformer"
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> ModelSource:
-        base = config.pretrained_model_name_or_path
-        return cls(
-            base=base,
-            transformer=config.pretrained_transformer_model_name_or_path or base,
-            vae=config.pretrained_vae_model_name_or_path or base,
-            text_encoder=config.pretrained_t5_model_name_or_path or base,
-            revision=config.revision,
-            variant=config.variant,
-            network=config.flavour.transformer,
-        )
-
-    def other_expert(self, network: str) -> ModelSource:
-        """The base's other transformer; a path given for the transformer alone is that of the first."""
-        return replace(self, network=network, transformer=self.base)
-
-    def config_file(self, part: str, subfolder: str) -> str:
-        """Where the part's config.json is, for a message."""
-        arguments = self.arguments(part, subfolder)
-        return "/".join([arguments["pretrained_model_name_or_path"], *filter(None, [arguments.get("subfolder")])]) \
-            + "/config.json"  # fmt: skip
-
-    def arguments(self, part: str, subfolder: str) -> dict[str, Any]:
-        """Arguments of from_pretrained. Revision and variant belong to the base model alone."""
-        path = getattr(self, part)
-        arguments: dict[str, Any] = {"pretrained_model_name_or_path": path}
-        folder = Path(path)
-        if not (folder.is_dir() and not (folder / subfolder).is_dir() and (folder / "config.json").is_file()):
-            arguments["subfolder"] = subfolder  # a folder that is the part itself has none
-        if path == self.base:
-            arguments |= {"revision": self.revision, "variant": self.variant}
-        return {key: value for key, value in arguments.items() if value is not None}
-
-    def fingerprint(self, part: str, subfolder: str) -> str:
-        """Names the weights that make a cache entry: path and revision, and for a folder its files' sizes and heads."""
-        path = getattr(self, part)
-        digest = hashlib.blake2b(f"{path if not Path(path).is_dir() else ''}@{self.revision}".encode(), digest_size=16)
-        folder = Path(path) / subfolder if (Path(path) / subfolder).is_dir() else Path(path)
-        if folder.is_dir():
-            for file in sorted(folder.iterdir()):
-                if file.suffix in {".json", ".safetensors", ".model"}:
-                    digest.update(f"{file.name}:{file.stat().st_size}".encode())
-                    with file.open("rb") as opened:
-                        digest.update(opened.read(1 << 20))
-                        opened.seek(max(0, file.stat().st_size - (1 << 20)))
-                        digest.update(opened.read())
-        return digest.hexdigest()
+    precision: str = "no_change"
+    via: torch.device | None = None
+    cache: Path | None = None
+    probe: Probe | None = None
+    lines: list[str] = field(default_factory=list)
+    parity: Parity | None = None
 
 
-def _from_pretrained(loader: Any, source: ModelSource, part: str, subfolder: str, **more: Any) -> Any:
-    arguments = source.arguments(part, subfolder)
-    try:
-        return loader.from_pretrained(**arguments, **more)
-    except OSError as error:
-        raise _not_loaded(source, part, subfolder, error) from error
+def load_transformer(
+    source: ModelSource, dtype: torch.dtype, storage: Storage | None = None, merge: Merge | None = None
+) -> nn.Module:
+    """The stock WanTransformer3DModel, frozen, in eval mode, on the CPU or where the storage says.
 
-
-def _not_loaded(source: ModelSource, part: str, subfolder: str, error: OSError) -> UserError:
-    path = getattr(source, part)
-    key = f"pretrained_{'t5' if part == 'text_encoder' else part}_model_name_or_path"
-    return UserError(
-        f"the {subfolder} could not be loaded from {path!r}: {str(error).splitlines()[0]}",
-        key="pretrained_model_name_or_path" if path == source.base else key,
-        fix="give a diffusers model folder or a Hub id that holds this part; without network it must be in the "
-        "local Hub cache already",
-    )
-
-
-def load_transformer(source: ModelSource, dtype: torch.dtype) -> nn.Module:
-    """The stock WanTransformer3DModel, frozen, on the CPU."""
+    merge: a fine-tune that becomes part of the weights before they are quantised.
+    """
     from diffusers import WanTransformer3DModel
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
-    transformer = _from_pretrained(WanTransformer3DModel, source, "transformer", source.network, dtype=dtype)
-    return transformer.requires_grad_(False)
+    model = _empty(dtype, lambda: WanTransformer3DModel.from_config(transformer_config(source)))
+    checkpoint = Checkpoint.of(source.weight_files("transformer"), KEYS["transformer"])
+    fitted = checkpoint.fitted(tensor_shapes(model), convert=convert_wan_transformer_to_diffusers)
+    precision = Precision(dtype, frozenset(WanTransformer3DModel._keep_in_fp32_modules))
+    _fill("transformer", model, fitted, precision, storage or Storage(), merge)
+    return model.requires_grad_(False).eval()
 
 
 def load_vae(source: ModelSource) -> nn.Module:
     """The stock AutoencoderKLWan in fp32 (Wan's VAE bands in bf16), frozen."""
     from diffusers import AutoencoderKLWan
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    return _from_pretrained(AutoencoderKLWan, source, "vae", "vae", dtype=torch.float32).requires_grad_(False).eval()
+    model = _empty(torch.float32, lambda: AutoencoderKLWan.from_config(_config(AutoencoderKLWan, source, "vae")))
+    checkpoint = Checkpoint.of(source.weight_files("vae"), KEYS["vae"])
+    fitted = checkpoint.fitted(tensor_shapes(model), convert=convert_wan_vae_to_diffusers)
+    _fill("vae", model, fitted, Precision(torch.float32), Storage(), None)
+    return model.requires_grad_(False).eval()
 
 
-def load_text_encoder(source: ModelSource, dtype: torch.dtype) -> tuple[Any, nn.Module]:
-    """(tokenizer, UMT5EncoderModel), frozen. Raises UserError if its embedding table came out empty."""
-    from transformers import AutoTokenizer, UMT5EncoderModel
+def load_text_encoder(source: ModelSource, dtype: torch.dtype, storage: Storage | None = None) -> tuple[Any, nn.Module]:
+    """(tokenizer, UMT5EncoderModel), frozen, in eval mode. Raises UserError if its embedding table came out empty."""
+    from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-    tokenizer = _from_pretrained(AutoTokenizer, source, "text_encoder", "tokenizer")
-    encoder = _from_pretrained(UMT5EncoderModel, source, "text_encoder", "text_encoder", dtype=dtype)
-    table = encoder.get_input_embeddings().weight
-    if not bool(table.any()):
-        # Seen with early transformers 5: every prompt then embeds alike, without any error.
+    tokenizer = _from_pretrained(AutoTokenizer, source, "tokenizer")
+    config = _from_pretrained(UMT5Config, source, "text_encoder")
+    model = _empty(dtype, lambda: UMT5EncoderModel(config))
+    model.tie_weights()
+    checkpoint = Checkpoint.of(source.weight_files("text_encoder"), KEYS["text_encoder"])
+    # The table is in two places of the model, and files have it under either name.
+    fitted = checkpoint.fitted(tensor_shapes(model), aliases={"shared.weight": "encoder.embed_tokens.weight"})
+    # As transformers reads it: what would overflow in fp16 stays in fp32, bf16 needs no such care.
+    kept = UMT5EncoderModel._keep_in_fp32_modules if dtype == torch.float16 else ()
+    _fill("text_encoder", model, fitted, Precision(dtype, frozenset(kept)), storage or Storage(), None)
+    if not bool(model.get_input_embeddings().weight.any()):
+        # Seen in converted checkpoints: every prompt then embeds alike, without any error.
         raise UserError(
             f"the text encoder of {source.text_encoder!r} was loaded with an all-zero embedding table",
-            fix="update transformers, or convert the checkpoint so that it holds `shared.weight`",
+            fix="convert the checkpoint so that it holds `shared.weight`",
         )
-    return tokenizer, encoder.requires_grad_(False).eval()
+    return tokenizer, model.requires_grad_(False).eval()
+
+
+def _empty(dtype: torch.dtype, build: Callable[[], Any]) -> Any:
+    """A model whose parameters have shapes and no storage; its buffers are real, made as `from_pretrained` does."""
+    from accelerate import init_empty_weights
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            return build()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fill(
+    part: str, model: nn.Module, checkpoint: Checkpoint, precision: Precision, storage: Storage, merge: Merge | None
+) -> None:
+    """Puts the weights in the storage wanted: out of the cache where it has them, else from the checkpoint."""
+    if storage.precision == "no_change":
+        stream(model, checkpoint, precision, merge=merge, via=storage.via)
+        _tie(model)
+        return
+    if problem := scheme_problem(storage.precision, storage.via or torch.device("cpu"), PRECISION_KEYS[part]):
+        raise UserError([problem])
+    scheme, entry = SCHEMES[storage.precision], None
+    if storage.cache is not None:
+        facts = {
+            "part": part,
+            "scheme": storage.precision,
+            "dtype": str(precision.dtype),
+            "library": scheme.version,
+            "weights": checkpoint.fingerprint(),
+            "merged": None if merge is None else merge.fingerprint,
+        }
+        entry = Entry(storage.cache, facts)
+        if (document := entry.find()) is not None:
+            restore(model, entry.checkpoint(), scheme, precision, document["notes"], storage.via)
+            _tie(model)
+            storage.lines.append(f"the {part} is read quantised from {entry.file}")
+            _tell(storage, Parity.from_document(document["parity"]))
+            return
+    drive = None if storage.probe is None else storage.probe.velocities
+    dense = stream(model, checkpoint, precision, scheme=scheme, merge=merge, via=storage.via, drive=drive)
+    _tie(model)
+    # Before the first forward, in which some kernels keep things of their own on a layer.
+    notes = None if entry is None else entry.write_tensors(model, scheme, storage.lines)
+    if storage.probe is not None and dense is not None:
+        _tell(storage, storage.probe.compare(storage.precision, dense, storage.probe.velocities(model)))
+    if entry is not None and notes is not None:
+        parity = None if storage.parity is None else storage.parity.document()
+        entry.write_document({"notes": notes, "parity": parity}, storage.lines)
+
+
+def _tie(model: nn.Module) -> None:
+    """A tensor that is in two places of the model is the one that was filled, in both."""
+    if (tie := getattr(model, "tie_weights", None)) is not None:
+        tie()
+
+
+def _tell(storage: Storage, parity: Parity | None) -> None:
+    storage.parity = parity
+    if parity is not None:
+        storage.lines += parity.lines()
+
+
+def _from_pretrained(loader: Any, source: ModelSource, part: str) -> Any:
+    arguments = source.arguments(part)
+    arguments.pop("variant", None)  # variants differ in weights, not in what stands beside them
+    try:
+        return loader.from_pretrained(**arguments)
+    except OSError as error:
+        raise source.not_loaded(part, str(error)) from error
 
 
 def transformer_config(source: ModelSource) -> dict[str, Any]:
     """The transformer's config.json, without its weights."""
     from diffusers import WanTransformer3DModel
 
-    return _config(WanTransformer3DModel, source, "transformer", source.network)
+    return _config(WanTransformer3DModel, source, "transformer")
 
 
 def vae_config(source: ModelSource) -> dict[str, Any]:
@@ -152,14 +189,14 @@ def vae_config(source: ModelSource) -> dict[str, Any]:
         for name, parameter in inspect.signature(AutoencoderKLWan.__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    return defaults | _config(AutoencoderKLWan, source, "vae", "vae")
+    return defaults | _config(AutoencoderKLWan, source, "vae")
 
 
 def model_index(source: ModelSource) -> dict[str, Any]:
     """model_index.json of the base; empty where the base is no pipeline."""
     from diffusers import DiffusionPipeline
 
-    arguments = source.arguments("base", "")
+    arguments = source.arguments("base")
     arguments = {key: arguments[key] for key in ("pretrained_model_name_or_path", "revision") if key in arguments}
     try:
         return dict(DiffusionPipeline.load_config(**arguments))
@@ -171,7 +208,7 @@ def text_encoder_config(source: ModelSource) -> dict[str, Any]:
     """The text encoder's config.json, without its weights; empty where it cannot be had."""
     from transformers import UMT5Config
 
-    arguments = source.arguments("text_encoder", "text_encoder")
+    arguments = source.arguments("text_encoder")
     arguments.pop("variant", None)
     try:
         return dict(UMT5Config.get_config_dict(**arguments)[0])
@@ -179,11 +216,23 @@ def text_encoder_config(source: ModelSource) -> dict[str, Any]:
         return {}  # loading it says what is wrong, where it is needed at all
 
 
-def _config(loader: Any, source: ModelSource, part: str, subfolder: str) -> dict[str, Any]:
-    arguments = source.arguments(part, subfolder)
-    arguments.pop("variant", None)  # variants differ in weights, not in the config
+def model_configs(source: ModelSource) -> ModelConfigs:
+    """What the model says about itself, without any weights."""
+    parts = ("transformer", "vae", "text_encoder")
+    return ModelConfigs(
+        transformer=transformer_config(source),
+        vae=vae_config(source),
+        text_encoder=text_encoder_config(source),
+        index=model_index(source),
+        names={**{part: source.config_file(part) for part in parts}, "index": f"{source.base}/model_index.json"},
+    )
+
+
+def _config(loader: Any, source: ModelSource, part: str) -> dict[str, Any]:
+    arguments = source.arguments(part)
+    arguments.pop("variant", None)
     path = arguments.pop("pretrained_model_name_or_path")
     try:
         return dict(loader.load_config(path, **arguments))
     except OSError as error:
-        raise _not_loaded(source, part, subfolder, error) from error
+        raise source.not_loaded(part, str(error)) from error

@@ -28,6 +28,7 @@ from simpletuner_dmd.config.errors import UserError
 from simpletuner_dmd.config.lycoris import KEY, ROTATIONS, WEIGHT_ALGOS, LycorisModuleOptions, LycorisOptions
 from simpletuner_dmd.randomness import derive_seed
 from simpletuner_dmd.wan.adapters import AdapterSpec, AdapterSwitch
+from simpletuner_dmd.wan.quantisation import dense_weight
 
 CHILD = "lycoris_"
 """Before the role in the name of a network's place in the transformer: "lycoris_student"."""
@@ -264,8 +265,7 @@ def _perturb(modules: Mapping[str, Any], share: float) -> None:
                 key="init_lokr_norm",
                 fix='set "full_matrix": true in lycoris_config, or leave init_lokr_norm out',
             )
-        weight = module.org_module[0].weight
-        size = (weight.dequantize() if hasattr(weight, "dequantize") else weight).float().norm()
+        size = dense_weight(module.org_module[0]).float().norm()
         module.lokr_w1.fill_(1.0)
         noise = torch.randn(module.lokr_w2.shape)
         module.lokr_w2.copy_(noise * (share * size.cpu() / (noise.norm() * module.lokr_w1.norm().cpu())))

@@ -1,49 +1,66 @@
-"""Quantises frozen weights with optimum-quanto, under the names users know."""
+"""The one door to quantisation: which layers of a model are quantised, under the names users know.
+
+Quantised are the linear layers of the blocks, attention and feed-forward. Embedders, modulation, norms and the head
+are small and sensitive, and stay as they are.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.wan.schemes import SCHEMES, Scheme
 
-# Only the linear layers of the blocks: embedders, modulation, norms and the head are small and sensitive.
-BLOCK_LISTS = ("blocks", "encoder")
+BLOCK_LISTS = ("blocks", "encoder.block")
+"""Where the blocks are: in a Wan transformer, in UMT5."""
+
+
+def in_blocks(name: str) -> bool:
+    """Whether a module or tensor of this name belongs to the blocks of a model."""
+    return name.startswith(tuple(f"{blocks}." for blocks in BLOCK_LISTS))
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The layers that quantisation is about, by name, quantised already or not."""
+    for name, module in model.named_modules():
+        if in_blocks(name) and isinstance(module, nn.Linear):
+            yield name, module
 
 
 def quantise(model: nn.Module, precision: str, via: torch.device | None = None) -> int:
-    """Quantises the linear layers of the model's blocks in place; returns how many. "no_change" does nothing.
+    """Quantises the linear layers of the model's blocks in place, one by one; returns how many.
 
-    precision: int8-quanto | int4-quanto | fp8-quanto | no_change. via: the device on which the work is done.
-    Raises UserError where int4 cannot be unpacked on a machine without CUDA.
+    precision: a name of SCHEMES, or "no_change", which does nothing. via: the device that each layer is moved to, and
+    stays on; None leaves it where it is.
     """
     if precision == "no_change":
         return 0
-    from optimum.quanto import QModuleMixin, freeze, qfloat8, qint4, qint8, quantize
+    names = [name for name, _ in linear_layers(model)]
+    assert names, f"nothing was quantised to {precision}"
+    for name in names:
+        quantise_layer(model, name, SCHEMES[precision], via)
+    return len(names)
 
-    weights = {"int8-quanto": qint8, "int4-quanto": qint4, "fp8-quanto": qfloat8}[precision]
+
+@torch.no_grad()
+def quantise_layer(model: nn.Module, name: str, scheme: Scheme, via: torch.device | None = None) -> nn.Module:
+    """Puts the quantised layer in the place of the dense one, whose weight is free afterwards."""
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
     if via is not None:
-        model.to(via)
-    blocks = next(getattr(model, name) for name in BLOCK_LISTS if hasattr(model, name))
-    quantize(blocks, weights=weights)
-    freeze(blocks)
-    count = sum(isinstance(module, QModuleMixin) for module in blocks.modules())
-    assert count > 0, f"nothing was quantised to {precision}"
-    if precision == "int4-quanto" and not torch.cuda.is_available():
-        _check_unpacking(blocks)
-    return count
+        layer.to(via)
+    quantised = scheme.quantise(layer)
+    model.set_submodule(name, quantised)
+    return quantised
 
 
-def _check_unpacking(blocks: nn.Module) -> None:
-    """quanto unpacks int4 on the CPU with a kernel that it compiles on first use: better now than in the first step."""
-    from optimum.quanto import QModuleMixin
-
-    module = next(module for module in blocks.modules() if isinstance(module, QModuleMixin))
-    try:
-        module.weight.dequantize()
-    except (RuntimeError, OSError, ImportError) as error:
-        raise UserError(
-            f"int4-quanto cannot run on this CPU: its kernel could not be compiled ({str(error).splitlines()[0]})",
-            key="base_model_precision",
-            fix="install a C++ compiler and `pip install ninja`, or choose int8-quanto",
-        ) from error
+def dense_weight(layer: nn.Module) -> Tensor:
+    """The weight that a linear layer stands for, in whatever scheme it is."""
+    weight: Any = layer.weight
+    if type(weight) in (nn.Parameter, Tensor):
+        return weight.detach()
+    scheme = next(scheme for scheme in SCHEMES.values() if scheme.in_use and scheme.owns(layer))
+    return scheme.dense(layer)

@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from benchmarks.random_weights import configured
+from simpletuner_dmd.cli.blueprint import known_config, local_config
 from simpletuner_dmd.cli.capacity import CARDS, named_card
 from simpletuner_dmd.cli.main import main
-from simpletuner_dmd.cli.planning import OPTIMIZER_BYTES, make_plan, sizes_of
+from simpletuner_dmd.cli.planning import CUDA_CONTEXT, OPTIMIZER_BYTES, make_plan, sizes_of
 from simpletuner_dmd.config import UserError
 from simpletuner_dmd.config.coerce import allowed_words
 from simpletuner_dmd.config.layers import option_field
 from simpletuner_dmd.training.optimizers import build_optimizer
+
+TINY = {"_class_name": "WanTransformer3DModel", "num_layers": 3, "patch_size": [1, 2, 2], "in_channels": 16}
 
 
 @pytest.fixture
@@ -73,6 +76,33 @@ def test_this_machine_is_only_warned_about(hub_run: Path, capsys: pytest.Capture
     code, document = check(capsys, "--config", str(hub_run))
     assert (code, document["memory"]["fits"], document["memory"]["device"]) == (0, False, "cpu")
     assert any("this will not fit" in notice for notice in document["notices"])
+
+
+def test_loading_is_planned_block_by_block(hub_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quantised blocks and a dense one, never the dense model; in a scheme whose library need not be here."""
+    chosen = ("base_model_precision=nf4-bnb", "quantize_via=accelerator")
+    _, document = check(capsys, "--config", str(hub_run), "--card", "h200", *chosen)
+    memory = document["memory"]
+    (base,) = [part["gpu"] for part in memory["components"] if part["role"] == "base"]
+    (loading,) = [phase for phase in memory["phases"] if phase["name"] == "loading"]
+    block = 2 * 14.05e9 / 40
+    assert base == pytest.approx(14.05e9 * 0.53 + 2 * 0.24e9, rel=0.03)
+    assert loading["gpu"] - CUDA_CONTEXT == pytest.approx(base + block, rel=0.01)
+    (libraries,) = [part["host"] for part in memory["components"] if part["part"].startswith("Python")]
+    assert loading["host"] - libraries == pytest.approx(base + block, rel=0.01)
+
+
+def test_the_network_that_is_trained_is_the_one_that_is_planned(tmp_path: Path) -> None:
+    """In a subfolder of a name of its own, and in the model's folder itself."""
+    loaded = configured(tmp_path / "run", "64x64", 5, network=TINY)
+    folder = Path(str(loaded.config.pretrained_transformer_model_name_or_path))
+    assert known_config(loaded, "transformer")["num_layers"] == TINY["num_layers"]
+    (folder / "ema").mkdir()
+    (folder / "config.json").rename(folder / "ema" / "config.json")
+    assert local_config(loaded, "transformer") is None
+    named = configured(tmp_path / "other", "64x64", 5, pretrained_transformer_model_name_or_path=str(folder),
+                       pretrained_transformer_subfolder="ema")  # fmt: skip
+    assert local_config(named, "transformer") == TINY
 
 
 def test_cards() -> None:

@@ -262,7 +262,7 @@ def test_unreadable_files(home: Path) -> None:
         ({"seed": 1.5}, "seed", "whole number"),
         ({"validation_resolution": "big"}, "validation_resolution", "WIDTHxHEIGHT"),
         ({"report_to": "swanlab"}, "report_to", "must be one of: wandb, tensorboard, trackio"),
-        ({"base_model_precision": "int2-quanto"}, "base_model_precision", "not available yet in this version"),
+        ({"lora_init_type": "pissa"}, "lora_init_type", "not available yet in this version"),
         ({"optimizer_config": "d0=1"}, "optimizer_config", "adamw_bf16 has no setting 'd0'"),
         ({"optimizer": "prodigy", "optimizer_config": "d_coeff=1"}, "optimizer_config", "d_coef, growth_rate"),
         ({"optimizer": "torch-muon", "optimizer_config": "nesterov=3"}, "optimizer_config", "true or false"),

@@ -73,7 +73,7 @@ def test_frames_are_rounded_down_to_whole_latent_frames() -> None:
         ({"validation_num_inference_steps": 30}, "3 steps of its own ladder"),
         ({"validation_guidance": 5}, "doubles"),
         ({"train_batch_size": 15}, "15 samples per step"),
-        ({"base_model_precision": "int4-quanto"}, "4 bits"),
+        ({"base_model_precision": "nf4-bnb"}, "below 8 bits"),
         ({"distillation_config": {"min_score_timestep": 20}}, "min_score_timestep has no effect"),
         ({"lora_rank": 64, "distillation_config": {"fake_score_lora_rank": 8}}, "below the student's"),
         ({"strict_epoch_limit": True}, "strict_epoch_limit has no effect"),

@@ -113,7 +113,7 @@ def test_the_spread_of_the_demo_is_healthy() -> None:
     from simpletuner_dmd.data.encode import clip_to_pixels
     from simpletuner_dmd.data.video import read_clip
     from simpletuner_dmd.wan.encoders import VideoCodec
-    from simpletuner_dmd.wan.loading import ModelSource
+    from simpletuner_dmd.wan.sources import ModelSource
 
     model = str(demo_path.model_path())
     config = TrainConfig(pretrained_model_name_or_path=model)

@@ -18,7 +18,8 @@ from simpletuner_dmd.randomness import generator
 from simpletuner_dmd.validation.render import to_frames
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder, VideoCodec
-from simpletuner_dmd.wan.loading import ModelSource, load_transformer
+from simpletuner_dmd.wan.loading import Storage, load_transformer
+from simpletuner_dmd.wan.sources import ModelSource
 
 CPU = torch.device("cpu")
 SOURCE = ModelSource(*[str(model_path())] * 4)
@@ -55,7 +56,7 @@ def test_the_vae_reconstructs_unseen_clips_at_28_db() -> None:
 def test_the_captions_have_different_embeddings() -> None:
     captions = prompts_path().read_text(encoding="utf-8").splitlines()
     assert captions == [combination.caption for combination in shapes.ALL_COMBINATIONS]
-    encoder = TextEncoder(SOURCE, dtype=torch.float32, precision="no_change", max_length=TEXT_ROWS, device=CPU)
+    encoder = TextEncoder(SOURCE, dtype=torch.float32, storage=Storage(), max_length=TEXT_ROWS, device=CPU)
     rows = torch.stack([row.flatten() for row in encoder(captions)])
     distances = torch.cdist(rows, rows) + torch.eye(len(rows)) * 1e9
     assert distances.min() > 1.0
@@ -81,7 +82,7 @@ def test_the_videos_are_made_once_and_hold_no_kept_out_combination(
 def test_the_teacher_draws_what_the_caption_says() -> None:
     count = 96
     combinations = [shapes.ALL_COMBINATIONS[index % 32] for index in range(count)]
-    encoder = TextEncoder(SOURCE, dtype=torch.float32, precision="no_change", max_length=TEXT_ROWS, device=CPU)
+    encoder = TextEncoder(SOURCE, dtype=torch.float32, storage=Storage(), max_length=TEXT_ROWS, device=CPU)
     text = torch.zeros(count, TEXT_ROWS, 64)
     for index, row in enumerate(encoder([combination.caption for combination in combinations])):
         text[index, : len(row)] = row

@@ -25,7 +25,8 @@ from simpletuner_dmd.randomness import generator
 from simpletuner_dmd.validation.measures import energy_distance
 from simpletuner_dmd.wan.denoiser import WanDenoiser
 from simpletuner_dmd.wan.encoders import TextEncoder
-from simpletuner_dmd.wan.loading import ModelSource, load_transformer
+from simpletuner_dmd.wan.loading import Storage, load_transformer
+from simpletuner_dmd.wan.sources import ModelSource
 
 CPU = torch.device("cpu")
 COUNT = 192
@@ -39,7 +40,7 @@ def test_two_hundred_steps_close_half_of_the_gap(tmp_path: Path, monkeypatch: py
     assert main(["train", "--example", "demo", *options]) == 0
 
     source = ModelSource(*[str(model_path())] * 4)
-    encoder = TextEncoder(source, dtype=torch.float32, precision="no_change", max_length=TEXT_ROWS, device=CPU)
+    encoder = TextEncoder(source, dtype=torch.float32, storage=Storage(), max_length=TEXT_ROWS, device=CPU)
     captions = [shapes.ALL_COMBINATIONS[index % 32].caption for index in range(COUNT)]
     rows = torch.zeros(COUNT, TEXT_ROWS, 64)
     for index, row in enumerate(encoder(captions)):

@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
 
+from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.main import main
+from simpletuner_dmd.cli.other_expert import load_other
+from simpletuner_dmd.config import load
+from simpletuner_dmd.wan.quantisation import dense_weight
 from tests.e2e.conftest import ProjectMaker
 from tests.support.pipelines import save_small_host, save_small_pair, save_small_ti2v
 from tests.support.runs import PROMPTS, Project, prompts_dataset, videos_dataset
@@ -77,6 +81,30 @@ def test_two_experts_in_two_runs(
     low_loader = {"model": ["25", 0], "lora_name": "output-low-noise.safetensors", "strength_model": 1.0}
     assert graph["20"]["inputs"] == low_loader
     assert graph["21"]["inputs"]["step"] == 2
+
+
+def test_the_other_expert_is_quantised_like_the_base(
+    make_project: ProjectMaker, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And kept in the cache, so that the second validation reads it; a subfolder that is named is this run's own."""
+    project = make_project(
+        distillation=LADDER, model_flavour="t2v-14b-2.2-high", pretrained_model_name_or_path=str(pair),
+        base_model_precision="int8-quanto", cache_dir_models=str(tmp_path / "quantised"),
+        pretrained_transformer_subfolder="transformer",
+    )  # fmt: skip
+    assembly = Assembly(load(config=str(project.config)), torch.device("cpu"))
+    layer = "blocks.1.attn1.to_q"
+    weights = {
+        name: dense_weight(network.get_submodule(layer)).float()
+        for name, network in [("own", assembly.base_transformer()), ("other", load_other(assembly, None).transformer)]
+    }
+    for name, folder in [("own", "transformer"), ("other", "transformer_2")]:
+        stock = WanTransformer3DModel.from_pretrained(pair, subfolder=folder).get_submodule(layer).weight.detach()
+        assert 0 < float((weights[name] - stock).norm() / stock.norm()) < 0.02, name
+    assert len(list((tmp_path / "quantised").glob("*.safetensors"))) == 2
+    monkeypatch.setattr("simpletuner_dmd.wan.loading.stream", lambda *unused, **named: pytest.fail("loaded anew"))
+    again = load_other(assembly, None).transformer
+    assert torch.equal(dense_weight(again.get_submodule(layer)).float(), weights["other"])
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])

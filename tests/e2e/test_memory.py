@@ -94,7 +94,7 @@ def test_encoders_are_never_there_together(
 
 
 def test_tiles_and_slices_reach_the_vae(small_wan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from simpletuner_dmd.wan.loading import ModelSource
+    from simpletuner_dmd.wan.sources import ModelSource
 
     source = ModelSource(*[str(small_wan)] * 4)
     whole = VideoCodec(source, device=torch.device("cpu"))

@@ -15,7 +15,7 @@ from simpletuner_dmd.publish.dialects import comfyui_module, to_comfyui
 from simpletuner_dmd.publish.extract import extract_lora, factors
 from simpletuner_dmd.publish.merged import MergedBase
 from simpletuner_dmd.publish.read_adapter import AdapterFile, read_adapter
-from simpletuner_dmd.wan.loading import ModelSource
+from simpletuner_dmd.wan.sources import ModelSource
 
 from .conftest import ALPHA, RANK, merged
 from .test_dialects import comfyui_load, deltas

@@ -15,13 +15,12 @@ from lycoris import LycorisNetwork
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simpletuner_dmd.cli.starting import merge_adapter, start_student
+from simpletuner_dmd.cli.starting import TeacherMerge, start_student
 from simpletuner_dmd.config import UserError
 from simpletuner_dmd.config.lycoris import LycorisOptions
 from simpletuner_dmd.flow import add_noise, x0_from_velocity
 from simpletuner_dmd.publish import dialects
 from simpletuner_dmd.publish.lycoris import folded, to_comfyui
-from simpletuner_dmd.publish.read_adapter import read_adapter
 from simpletuner_dmd.wan.adapters import CONDITIONING_TARGETS, AdapterSpec
 from simpletuner_dmd.wan.lycoris import LycorisSpec, LycorisSwitch, with_layers
 from simpletuner_dmd.wan.quantisation import quantise
@@ -451,7 +450,11 @@ def test_a_fine_tune_merged_into_the_base_is_that_fine_tune(kind: str, tmp_path:
     with switch.use("student", 0.8), torch.no_grad():
         expected = velocity(roles.student.transformer)
     base = tiny_wan()
-    merge_adapter(base, read_adapter(file, "teacher_lora"), 0.8)
+    merge = TeacherMerge(f"{file}:0.8")
+    merge.start(base)
+    for layer, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            merge(layer, module)
     assert relative(velocity(base), expected) < 1e-5
     assert relative(velocity(tiny_wan()), expected) > 0.01
 

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from simpletuner_dmd.config.errors import UserError
+from simpletuner_dmd.demo.path import model_path
 from simpletuner_dmd.distill.dmd import DMD, DMDSettings
 from simpletuner_dmd.distill.rollout import RolloutSettings
 from simpletuner_dmd.flow import Schedule
 from simpletuner_dmd.randomness import RandomStream
 from simpletuner_dmd.wan.adapters import AdapterSpec
+from simpletuner_dmd.wan.loading import Storage, load_transformer
 from simpletuner_dmd.wan.quantisation import quantise
 from simpletuner_dmd.wan.roles import Roles, SelfTestError, build_roles, self_test
+from simpletuner_dmd.wan.sources import ModelSource
 
 from .tiny import LORA, batch_of, latents, prompts, snapshot, tiny_wan, wake
 
@@ -206,7 +209,7 @@ def test_int4_without_a_compiler_is_a_sentence_and_not_a_crash_in_the_first_step
     monkeypatch.setattr(Extension, "lib", property(missing))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"base_model_precision: int4-quanto.*Ninja(.|\n)*int8-quanto"):
-        quantise(tiny_wan(dtype=torch.bfloat16), "int4-quanto")
+        load_transformer(ModelSource(*[str(model_path())] * 4), torch.bfloat16, Storage("int4-quanto"))
 
 
 def test_on_a_bf16_base_what_trains_is_fp32_and_stays_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from simpletuner_dmd.wan import blueprint
 from simpletuner_dmd.wan.adapters import AdapterSpec
 from simpletuner_dmd.wan.flavours import FLAVOURS, published_config
 from simpletuner_dmd.wan.roles import build_roles
+from simpletuner_dmd.wan.schemes import SCHEMES
 from simpletuner_dmd.wan.shadow import Observation, Shadow, cast_products, stored_bytes
 from tests.wan.tiny import prompts, tiny_wan
 
@@ -50,6 +52,20 @@ def test_numbers_that_are_asked_for_are_answered() -> None:
     answers: list[Any] = []
     watched(lambda: answers.extend([float(x.sum()), bool((x > 0).any()), x.cpu().shape]), x)
     assert answers == [1.0, True, torch.Size([3])]
+
+
+@pytest.mark.parametrize("precision", SCHEMES)
+def test_every_precision_is_weighed_without_its_library(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes per weight of the linear layers in a block, their scales included."""
+    for library in ("torchao", "bitsandbytes"):
+        monkeypatch.setitem(sys.modules, library, None)
+    each = {"int4-quanto": 0.53, "int2-quanto": 0.28, "nf4-bnb": 0.516}.get(precision, 1.0)
+    config = published_config(FLAVOURS["t2v-480p-1.3b-2.1"], "transformer")
+    two, three = (
+        blueprint.weights_of(blueprint.transformer(config, depth, torch.bfloat16, precision)) for depth in (2, 3)
+    )
+    width, hidden = 1536, 8960
+    assert three - two == pytest.approx(each * (8 * width**2 + 2 * width * hidden), rel=0.04)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
