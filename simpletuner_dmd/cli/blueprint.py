@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from simpletuner_dmd.cli.assemble import Assembly
 from simpletuner_dmd.cli.moving import student_average
@@ -81,6 +82,15 @@ class _Draws(RandomStream):
         return min(self.exit_rung, count - 1)
 
 
+class _StayThere(TorchFunctionMode):
+    """lycoris' `full` modules copy the base's weight to the CPU, and a tensor without content has nothing to copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.cpu and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 class Blueprint(Assembly):
     """The run in a network of `depth` blocks, on the meta device."""
 
@@ -119,7 +129,7 @@ class Blueprint(Assembly):
         return network
 
     def roles(self) -> tuple[Roles, list[str]]:
-        with blueprint.META:  # adapters and heads too
+        with blueprint.META, _StayThere():  # adapters and heads too
             roles, lines = super().roles()
         for denoiser in roles.denoisers.values():
             denoiser.autocast = None  # torch has none for this device; `cast_products` does it
