@@ -75,7 +75,7 @@ RECIPES: dict[str, Recipe] = {
     "rcm": Recipe("`rcm`", "demo-rcm"),
     "diffusion-forcing": Recipe("`diffusion_forcing`", "demo-diffusion-forcing"),
     "ode-init": Recipe("`ode_init`", "demo-ode-init"),
-    "self-forcing": Recipe("`self_forcing`, after `ode_init`", "demo-self-forcing", after="ode-init"),
+    "self-forcing": Recipe("`self_forcing`, after `diffusion_forcing`", "demo-self-forcing", after="diffusion-forcing"),
 }
 
 
