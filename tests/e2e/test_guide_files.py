@@ -128,7 +128,7 @@ def test_what_is_absent_is_named_and_the_run_goes_on(guide: Guide) -> None:
     )
     for warning in named:
         assert guide.text.count(warning) == 1, warning
-    assert "hf upload wan-disney-DMD-3step output/wan-dmd/export\n" in guide.text
+    assert "simpletuner push output/wan-dmd\n" in guide.text
     assert list((guide.output / "wandb").glob("offline-run-*"))
 
 
