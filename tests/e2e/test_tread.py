@@ -45,7 +45,7 @@ def watched() -> Iterator[Seen]:
     seen, first = Seen(), set[int]()
 
     def note(module: torch.nn.Module, arguments: Any) -> None:
-        if not isinstance(module, WanTransformerBlock):
+        if not isinstance(module, WanTransformerBlock) or arguments[0].is_meta:  # a run is planned without content
             return
         forwards = seen.trained if torch.is_grad_enabled() else seen.other
         if not forwards or id(module) in first:
