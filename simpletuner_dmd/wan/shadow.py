@@ -202,9 +202,12 @@ def stored_bytes(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _attention_of_a_kernel() -> Iterator[None]:
-    """On the meta device torch would write attention out, with its quadratic matrix. No device that trains does."""
+    """On the meta device torch would write attention out, with its quadratic matrix. No device that trains does, but
+    under forward-mode differentiation, where nothing else can be had."""
 
-    def attention(query: Tensor, key: Tensor, value: Tensor, *unused: Any, **named: Any) -> Tensor:
+    def attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named: Any) -> Tensor:
+        if torch._C._functorch.is_functorch_wrapped_tensor(query):
+            return written(query, key, value, *others, **named)
         scale = named.get("scale")
         attended: Tensor = aten._scaled_dot_product_flash_attention(query, key, value, scale=scale)[0]
         return attended
