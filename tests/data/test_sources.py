@@ -143,7 +143,8 @@ def test_a_complete_cache_needs_no_copies_of_what_was_fetched(
         assert fill(source, config, **options)[0] == encoded, change
         assert web.asked["/b.mp4"] == before + 1, change
     shutil.rmtree(tmp_path / "d" / "downloads")
-    assert fill(csv_entry(table), config)[1][-1].captions == ("another",), "the manifest is that of the last table"
+    restored = fill(csv_entry(table), config)[1]
+    assert ("another",) in [sample.captions for sample in restored], "the manifest is that of the last table"
 
 
 def test_an_unquoted_comma_is_said_and_no_half_caption_is_used(tmp_path: Path, config: TrainConfig) -> None:
